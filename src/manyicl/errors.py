@@ -1,0 +1,50 @@
+"""Every error that manyicl raises on purpose.
+
+A message says what was seen (with sizes, file and line where there is one) and then what to do.
+
+    ManyICLError
+    ├── UserInputError        what was given is wrong: CLI exit code 2, HTTP 400
+    │   ├── TaskError         a task folder, file, line, field or label
+    │   ├── RecipeError       a recipe file, key or value
+    │   ├── BudgetError       examples and token budgets that do not go together
+    │   ├── ModelError        a model name, folder, tokenizer or dtype
+    │   ├── RecordsError      a file of records
+    │   └── StorageError      a full disk, a folder that cannot be written
+    └── CheckpointError       a checkpoint that does not hold what its manifest says
+"""
+
+
+class ManyICLError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UserInputError(ManyICLError):
+    """Something given by the user is wrong; the message says how to mend it."""
+
+
+class TaskError(UserInputError):
+    """A task folder, file, line, field or label is wrong."""
+
+
+class RecipeError(UserInputError):
+    """A recipe file, key or value is wrong."""
+
+
+class BudgetError(UserInputError):
+    """The examples do not go together with the token budget."""
+
+
+class ModelError(UserInputError):
+    """A model cannot be found, loaded or used as asked."""
+
+
+class RecordsError(UserInputError):
+    """A file of evaluation records cannot be used as asked."""
+
+
+class StorageError(UserInputError):
+    """A file or folder cannot be written."""
+
+
+class CheckpointError(ManyICLError):
+    """A checkpoint does not hold what its manifest says."""

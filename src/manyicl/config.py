@@ -119,7 +119,7 @@ def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {_explain(dict(item))}" for item in error.errors())) from error
+        raise RecipeError(explain_validation(error, Recipe, where=where)) from error
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -137,13 +137,16 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{override!r}: the value is no valid YAML: {error}") from error
 
 
-def _explain(item: dict[str, Any]) -> str:
-    """One validation error of Pydantic as a sentence, the nearest valid key named where the key is unknown."""
+def explain_validation(error: ValidationError, section: type[BaseModel], *, where: str) -> str:
+    """Pydantic's errors as sentences, one a line; an unknown key comes with the nearest valid one."""
+    return "\n".join(f"{where}: {_explain(dict(item), section)}" for item in error.errors())
+
+
+def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
     if item["type"] != "extra_forbidden":
         return f"{dotted} = {item['input']!r}: {item['msg']}."
-    section: type[BaseModel] = Recipe
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

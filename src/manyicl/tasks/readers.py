@@ -89,8 +89,8 @@ def load_task(path: Path | str, *, name: str | None = None) -> Task:
         tables = _read_hub(description.hub, path) if description.hub else _read_files(path)
     else:
         tables = _read_files(path)
-        description = infer_task_file(path, tables["train"])
-        logger.info("%s: no task.yaml; read as %s", path, description.model_dump(exclude_defaults=True))
+        description = infer_task_file(path, tables["train"], tables["test"])
+        logger.info("%s: no task.yaml; %s", path, describe_guess(description))
     splits = {
         split: tuple(make_example(row, description) for row in tables.get(split, [])) for split in ("train", "test")
     }
@@ -141,13 +141,14 @@ def read_task_file(path: Path) -> TaskFile:
         raise TaskError(explain_validation(error, TaskFile, where=str(path))) from error
 
 
-def infer_task_file(folder: Path, rows: Sequence[TableRow]) -> TaskFile:
+def infer_task_file(folder: Path, rows: Sequence[TableRow], test_rows: Sequence[TableRow] = ()) -> TaskFile:
     """A guess of what a folder's fields mean, from their names and, where there is one, the MANIFEST.json beside it.
 
     Raises:
         TaskError: no known pair of input and answer fields.
     """
     fields = rows[0].fields
+    all_fields = fields.keys() | (test_rows[0].fields.keys() if test_rows else set())
     inputs = next((names for names in _INPUT_FIELDS + _DOCUMENT_FIELDS if all(name in fields for name in names)), None)
     answer = next((name for name in _ANSWER_FIELDS if name in fields), None)
     if inputs is None or answer is None:
@@ -171,8 +172,17 @@ def infer_task_file(folder: Path, rows: Sequence[TableRow]) -> TaskFile:
         answer=answer,
         labels=labels,
         options=options,
-        accepted=next((name for name in _ACCEPTED_FIELDS if name in fields), None),
+        accepted=next((name for name in _ACCEPTED_FIELDS if name in all_fields), None),
         group=next((name for name in ("premise", "passage") if name in inputs), None),
+    )
+
+
+def describe_guess(description: TaskFile) -> str:
+    """A sentence on how a folder without a task.yaml was read."""
+    kind = f"{len(description.labels)} labels" if description.labels else "options" if description.options else "free text"
+    return (
+        f"read as family {description.family}, input {description.input!r}, answer {description.answer!r} ({kind}), "
+        f"metric {description.metric}"
     )
 
 

@@ -1,0 +1,195 @@
+"""Load, LoRA-wrap, save, merge and export a causal LM with its tokenizer.
+
+A model is named the same way everywhere: `default`, a local folder, a hub id, a `.gguf` file, or a finished run's folder
+(an adapter beside a manyicl.json that names its base).
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from manyicl.config import LoraConfig
+from manyicl.default_model import DEFAULT_NOTE, default_model_folder, gguf_model_folder
+from manyicl.errors import ModelError
+from manyicl.files import hash_file, storage_errors, write_json_atomic
+
+RUN_FILE = "manyicl.json"
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use.
+
+    Attributes:
+        name: The name it was asked for by.
+        note: What every result of it must say beside it, such as "dequantised from Q4_1".
+        fingerprint: SHA-256 over the files it was loaded from.
+        context_tokens: Positions that the model has.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    note: str
+    fingerprint: str
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that the model has."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+
+def load_model(name: str | Path = "default", *, dtype: Dtype = "auto", trust_remote_code: bool = False) -> LoadedModel:
+    """The model of that name in evaluation mode, an adapter merged into its base (in fp32, then cast).
+
+    Raises:
+        ModelError: there is no such model, it has no weights or no end token, or the processor lacks the dtype.
+    """
+    name, target = str(name), resolve_dtype(dtype)
+    folder, note = _locate(name)
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        base = load_model(_read_run_file(folder)["base"], dtype="float32", trust_remote_code=trust_remote_code)
+        adapted = PeftModel.from_pretrained(base.model, str(folder))
+        model = adapted.merge_and_unload().to(target)
+        fingerprint = _fingerprint(folder, base.fingerprint)
+        return LoadedModel(model.eval(), base.tokenizer, name, base.note, fingerprint)
+    source = str(folder) if folder is not None else name
+    model, tokenizer = _load_plain(source, target, trust_remote_code)
+    return LoadedModel(model.eval(), tokenizer, name, note, _fingerprint(folder, name))
+
+
+def resolve_dtype(dtype: Dtype) -> torch.dtype:
+    """The torch type that a name means on this machine; `auto` takes bfloat16 where it is fast and float32 elsewhere.
+
+    Raises:
+        ModelError: bfloat16 is asked of a processor without it, where it would be many times slower than float32.
+    """
+    fast = torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == "bfloat16" and not fast:
+        raise ModelError("this processor has no bfloat16 (AVX-512 or AMX). Use dtype float32, or auto.")
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and fast) else torch.float32
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
+    """The model with trainable fp32 low-rank adapters over its frozen weights; their start follows from `seed`.
+
+    Raises:
+        ModelError: a target names no linear layer of the model.
+    """
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+    unknown = [target for target in config.targets if target not in linear] if isinstance(config.targets, list) else []
+    if unknown or (isinstance(config.targets, str) and config.targets != "all-linear"):
+        raise ModelError(f"training.lora.targets = {config.targets!r}: use all-linear, or a list of these layers: {', '.join(linear)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(
+            model,
+            PeftLoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=config.targets,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=True,
+        )
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: str, note: str) -> None:
+    """Write an adapter or a whole model with its tokenizer, so that `folder` names a model.
+
+    Files are written to a temporary folder and moved one by one, the file that makes the folder a model last.
+
+    Raises:
+        ModelError: the model still carries a quantisation entry, whose weights would be read wrongly.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("the model's config still says it is quantised. Load it through load_model, which writes plain weights.")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for path in sorted(Path(temporary).iterdir()):
+                if path.name != "README.md":  # PEFT's empty card; ours is written from records.
+                    shutil.move(str(path), folder / path.name)
+    write_json_atomic(folder / RUN_FILE, {"base": base, "note": note})
+
+
+def export_model(name: str | Path, output: Path, *, dtype: Dtype = "auto") -> None:
+    """Write a model with its adapter merged as a plain Hugging Face checkpoint."""
+    loaded = load_model(name, dtype=dtype)
+    save_model(loaded.model, loaded.tokenizer, output, base=str(output), note=loaded.note)
+
+
+def push_to_hub(name: str | Path, repo_id: str, **options: Any) -> None:
+    """Upload a run's folder to the Hugging Face Hub; `options` are those of `HfApi.upload_folder`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+    api.upload_folder(repo_id=repo_id, folder_path=str(name), ignore_patterns=["checkpoints/*"], **options)
+
+
+def _locate(name: str) -> tuple[Path | None, str]:
+    """The folder of a model and its note; no folder for a hub id."""
+    if name == "default":
+        return default_model_folder(), DEFAULT_NOTE
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"{name}: no such file. Give the path of a .gguf file.")
+        return gguf_model_folder(path), f"dequantised from {path.name}"
+    if not path.is_dir():
+        return None, ""
+    if (path / "adapter_config.json").is_file():
+        return path, ""
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        raise ModelError(f"{name}: holds no model (config.json and *.safetensors). Give a model's or a finished run's folder.")
+    return path, str(_read_run_file(path).get("note", "")) if (path / RUN_FILE).is_file() else ""
+
+
+def _read_run_file(folder: Path) -> dict[str, Any]:
+    """What manyicl.json says; for adapters of other tools, their own base model."""
+    if (folder / RUN_FILE).is_file():
+        return dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"base": adapter["base_model_name_or_path"], "note": ""}
+
+
+def _load_plain(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{source}: cannot be loaded as a causal language model: {str(error).strip().splitlines()[0]}. "
+            "Give `default`, a folder, a hub id that can be reached, a .gguf file or a finished run's folder."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{source}: its tokenizer has no end token (eos_token), which ends every answer. Add one to the tokenizer.")
+    return model, tokenizer
+
+
+def _fingerprint(folder: Path | None, seed: str) -> str:
+    """SHA-256 over a folder's weights, adapter, config and tokenizer files, or a hub id's name."""
+    import hashlib
+
+    digest = hashlib.sha256(seed.encode() if folder is None or (folder / "adapter_config.json").is_file() else b"")
+    for path in sorted(folder.iterdir()) if folder is not None else ():
+        if path.suffix in (".safetensors", ".json", ".jinja") and path.name not in (RUN_FILE, "summary.json"):
+            digest.update(f"{path.name}:{hash_file(path)}\n".encode())
+    return digest.hexdigest()

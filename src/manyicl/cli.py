@@ -3,19 +3,26 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from manyicl.errors import ManyICLError, UserInputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Many-shot in-context fine-tuning.")
+if TYPE_CHECKING:
+    from manyicl.records import Shots
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Many-shot in-context fine-tuning."
+)
 
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="Recipe values to change: key.subkey=value.")]  # noqa: UP045
 
 
 @app.callback()
-def _configure(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")] = False) -> None:
+def _configure(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")] = False,
+) -> None:
     """Many-shot in-context fine-tuning: tune a language model once, then teach it tasks by examples in its context."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -39,6 +46,171 @@ def train(
         f"({result.tokens_per_second:.0f} tokens/s, {result.answers_per_second:.2f} answers/s), "
         f"peak memory {result.peak_memory_bytes / 2**30:.1f} GiB; written to {parsed.output}"
     )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(help="`default`, a folder, a hub id, a .gguf file or a run; may be given again.")],
+    output: Annotated[Path, typer.Option(help="Records, as JSON lines; an interrupted evaluation goes on here.")],
+    tasks: Annotated[str, typer.Option(help="`builtin`, a suite's folder or a task's folder.")] = "builtin",
+    role: Annotated[str, typer.Option(help="meta_training, validation, held_out or all.")] = "held_out",
+    only: Annotated[str, typer.Option(help="Names of tasks, comma-separated.")] = "",
+    shots: Annotated[str, typer.Option(help="Demonstrations, comma-separated; max is what fits.")] = "0,1,4,16,64,max",
+    seeds: Annotated[int, typer.Option(help="Orders of demonstrations.", min=1)] = 3,
+    queries: Annotated[int, typer.Option(help="Queries per task; the first of its test split.", min=1)] = 100,
+    context: Annotated[Optional[int], typer.Option(help="Tokens of context; the model's own unless given.")] = None,  # noqa: UP045
+    format: Annotated[str, typer.Option(help="plain or chat; must be the format that the model was tuned in.")] = "plain",
+) -> None:
+    """Measure models on tasks by number of demonstrations, and print the shot curves."""
+    from manyicl.reporting.terminal import print_curves
+    from manyicl.runs import EvaluationRequest, evaluate_models
+
+    request = EvaluationRequest(
+        models=tuple(model),
+        tasks=tasks,
+        role=role,
+        only=tuple(name for name in only.split(",") if name),
+        shots=_parse_shots(shots),
+        num_seeds=seeds,
+        num_queries=queries,
+        context_tokens=context,
+        format=format,
+    )
+    print_curves(evaluate_models(request, output))
+    typer.echo(f"records: {output}")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Option(help="`default`, a folder, a hub id, a .gguf file or a run.")],
+    demonstrations: Annotated[Path, typer.Option(help="Labelled examples: JSONL, CSV or Parquet.")],
+    queries: Annotated[Path, typer.Option(help="Inputs whose answers are wanted.")],
+    output: Annotated[Path, typer.Option(help="Answers, as JSON lines.")],
+    seed: Annotated[int, typer.Option(help="Seed of the order of demonstrations.", min=0)] = 0,
+) -> None:
+    """Answer queries of a task of your own from its labelled examples, without tuning."""
+    from manyicl.runs import predict_file
+
+    num_used, num_given, num_answers = predict_file(model, demonstrations, queries, output, seed=seed)
+    typer.echo(f"{num_answers} answers from {num_used} of {num_given} demonstrations; written to {output}")
+
+
+@app.command()
+def corpus(
+    model: Annotated[list[str], typer.Option(help="`default`, a folder, a hub id, a .gguf file or a run; may be given again.")],
+    text: Annotated[list[Path], typer.Option(help="Plain text file; may be given again.")],
+    output: Annotated[Path, typer.Option(help="Results, as JSON.")],
+    max_bytes: Annotated[int, typer.Option(help="Bytes read from the start of each text.", min=1000)] = 100_000,
+    window: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 2048,
+) -> None:
+    """Measure bits per byte of plain text: what tuning made a model forget."""
+    from manyicl.runs import measure_corpora
+
+    for row in measure_corpora(model, text, output, max_bytes=max_bytes, window_tokens=window):
+        typer.echo(f"{row['model']} {row['corpus']}: {row['bits_per_byte']:.4f} bits per byte ({row['num_bytes']} bytes)")
+    typer.echo(f"written to {output}")
+
+
+@app.command()
+def inspect(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="Which row of the run.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Token ids, text, target mask and position ids as JSON.")] = False,
+) -> None:
+    """Show a training row: what is input, what is trained, what was left out."""
+    from manyicl.config import load_recipe
+
+    parsed = load_recipe(recipe, overrides)
+    from manyicl.inspection import print_row, row_as_json
+    from manyicl.runs import open_row
+
+    built, tokenizer = open_row(parsed, row)
+    if as_json:
+        typer.echo(row_as_json(built, tokenizer))
+    else:
+        print_row(built, tokenizer)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A finished run's folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint.")],
+) -> None:
+    """Merge a run's adapter into its base and write a plain Hugging Face checkpoint."""
+    from manyicl.modeling import export_model
+
+    export_model(model, output)
+    typer.echo(f"written to {output}")
+
+
+tasks_app = typer.Typer(no_args_is_help=True, help="List, show and check tasks.")
+app.add_typer(tasks_app, name="tasks")
+
+
+@tasks_app.command("list")
+def list_tasks(suite: Annotated[str, typer.Argument(help="`builtin` or a folder.")] = "builtin") -> None:
+    """List the tasks of a suite with their roles."""
+    from manyicl.tasks.readers import load_suite
+
+    loaded = load_suite(suite)
+    for name, task in loaded.tasks.items():
+        kind = f"{len(task.labels)} labels" if task.labels else "options" if task.is_choice else "free text"
+        typer.echo(
+            f"{name:28} {loaded.role(name):14} {task.family:15} {task.metric:14} {len(task.train):5} + {len(task.test):4}  {kind}"
+        )
+
+
+@tasks_app.command("show")
+def show_task(
+    name: Annotated[str, typer.Argument(help="Name of a task, or its folder.")],
+    suite: Annotated[str, typer.Option(help="`builtin` or a folder.")] = "builtin",
+    num_examples: Annotated[int, typer.Option("--examples", help="How many examples to show.", min=1)] = 3,
+) -> None:
+    """Show a task and its first examples."""
+    from manyicl.tasks.readers import load_suite, load_task
+
+    if Path(name).exists():
+        task = load_task(name)
+    else:
+        tasks = load_suite(suite).tasks
+        if name not in tasks:
+            raise UserInputError(
+                f"suite {suite!r} has no task {name!r} ({', '.join(tasks)}). Give one of these, or a task's folder."
+            )
+        task = tasks[name]
+    typer.echo(f"{task.name}: {task.family}, {task.metric}, {len(task.train)} train and {len(task.test)} test examples")
+    if task.labels:
+        typer.echo(f"labels: {', '.join(task.labels)}")
+    for example in task.train[:num_examples]:
+        typer.echo(f"\n[{example.source or 'generated'}]\n{example.input}\nAnswer: {example.answer}")
+
+
+@tasks_app.command("check")
+def check_tasks(
+    suite: Annotated[str, typer.Argument(help="`builtin`, a suite's folder or a task's folder.")] = "builtin",
+) -> None:
+    """Look for leaks, duplicates and wrong labels; exit code 1 if there are errors."""
+    from manyicl.tasks.checks import check_suite
+    from manyicl.tasks.readers import load_suite
+
+    findings = check_suite(load_suite(suite))
+    for finding in findings:
+        typer.echo(f"{finding.severity}: {finding.source or finding.task}: {finding.kind}: {finding.message}")
+    num_errors = sum(finding.severity == "error" for finding in findings)
+    typer.echo(f"{num_errors} error(s), {len(findings) - num_errors} warning(s)")
+    if num_errors:
+        raise typer.Exit(1)
+
+
+def _parse_shots(text: str) -> tuple["Shots", ...]:
+    """Shot counts from "0,4,max"."""
+    parsed: list[Shots] = []
+    for part in text.split(","):
+        if part.strip() != "max" and not part.strip().isdigit():
+            raise UserInputError(f"--shots {text!r}: {part!r} is neither a number nor max. Write for instance 0,4,16,max.")
+        parsed.append("max" if part.strip() == "max" else int(part))
+    return tuple(dict.fromkeys(parsed))
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Recipes: what a run is, as YAML. Every field has a unit and a default; an unknown key is an error that names the nearest one.
 
-    model: default
-    tasks: builtin
-    episodes: {max_tokens: 2048}
-    objective: {name: all_answers, normalisation: token}
-    training: {num_steps: 150, learning_rate: 3.0e-4}
+model: default
+tasks: builtin
+episodes: {max_tokens: 2048}
+objective: {name: all_answers, normalisation: token}
+training: {num_steps: 150, learning_rate: 3.0e-4}
 """
 
 import difflib
@@ -26,7 +26,9 @@ class EpisodesConfig(_Section):
 
     max_tokens: int = Field(2048, ge=16, description="Tokens in a row, at most.")
     num_shots: int | None = Field(None, ge=0, description="Demonstrations before the last example; None fills the row.")
-    task_alpha: float = Field(0.0, ge=0.0, description="Tasks are drawn with probability proportional to train size ** task_alpha.")
+    task_alpha: float = Field(
+        0.0, ge=0.0, description="Tasks are drawn with probability proportional to train size ** task_alpha."
+    )
     remap_probability: float = Field(0.0, ge=0.0, le=1.0, description="Probability that an episode's label words are remapped.")
     class_balance: bool = Field(False, description="Draw examples so that every label is equally likely.")
     format: Literal["plain", "chat"] = Field("plain", description="Plain text, or the tokenizer's own chat template.")
@@ -37,7 +39,9 @@ class ObjectiveConfig(_Section):
     """Which answers are targets, and over what their loss is a mean."""
 
     name: Literal["all_answers", "last_answer", "reweighted"] = Field("all_answers", description="Which answers are targets.")
-    normalisation: Literal["token", "answer", "episode"] = Field("token", description="The mean is over these, over the whole step.")
+    normalisation: Literal["token", "answer", "episode"] = Field(
+        "token", description="The mean is over these, over the whole step."
+    )
     reweight_window: int = Field(8, ge=1, description="Shots over which `reweighted` compares losses.")
     reweight_temperature: float = Field(1.0, gt=0.0, description="Larger is closer to equal weights (`reweighted` only).")
 
@@ -64,14 +68,18 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients are scaled down to this norm; 0 turns it off.")
     tune: Literal["lora", "full"] = Field("lora", description="Train adapters or all weights.")
     lora: LoraConfig = LoraConfig()
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Base weights' type; auto takes bfloat16 where it is fast.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Base weights' type; auto takes bfloat16 where it is fast."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     save_every: int = Field(50, ge=1, description="Updates between checkpoints.")
     validate_checkpoints: bool = Field(False, description="Measure the validation loss at each checkpoint and keep the best.")
     validation_rows: int = Field(4, ge=1, description="Rows per validation task.")
     log_every: int = Field(5, ge=1, description="Updates between log lines.")
     report_to: list[str] = Field(default_factory=list, description="Trackers: tensorboard, wandb, trackio.")
-    trainer: dict[str, Any] = Field(default_factory=dict, description="Anything else for transformers.TrainingArguments, by its name there.")
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="Anything else for transformers.TrainingArguments, by its name there."
+    )
 
 
 class Recipe(_Section):
@@ -91,7 +99,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a YAML file, with `key.subkey=value` overrides applied in order.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, a key is unknown (the nearest valid one is named), or a value is out of range.
+        RecipeError: the file is missing or no YAML mapping, a key is unknown (the nearest valid one is named), or a value is
+            out of range.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

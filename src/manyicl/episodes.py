@@ -18,7 +18,7 @@ from manyicl.config import EpisodesConfig
 from manyicl.errors import BudgetError, TaskError
 from manyicl.tasks.task import Example, Task
 
-SYMBOLS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + ("@", "#", "%", "&", "*", "+", "=", "?", "!", "$")
+SYMBOLS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ@#%&*+=?!$")
 
 
 class TokenCounter(Protocol):

@@ -4,9 +4,12 @@ A model is named the same way everywhere: `default`, a local folder, a hub id, a
 (an adapter beside a manyicl.json that names its base).
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +41,7 @@ class LoadedModel:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     name: str
     note: str
     fingerprint: str
@@ -68,6 +71,18 @@ def load_model(name: str | Path = "default", *, dtype: Dtype = "auto", trust_rem
     return LoadedModel(model.eval(), tokenizer, name, note, _fingerprint(folder, name))
 
 
+def load_tokenizer(name: str | Path = "default", *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model of that name, without its weights.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    folder, _ = _locate(str(name))
+    if folder is not None and not (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(_read_run_file(folder)["base"], trust_remote_code=trust_remote_code)
+    return _load_plain_tokenizer(str(folder or name), trust_remote_code)
+
+
 def resolve_dtype(dtype: Dtype) -> torch.dtype:
     """The torch type that a name means on this machine; `auto` takes bfloat16 where it is fast and float32 elsewhere.
 
@@ -89,7 +104,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
     unknown = [target for target in config.targets if target not in linear] if isinstance(config.targets, list) else []
     if unknown or (isinstance(config.targets, str) and config.targets != "all-linear"):
-        raise ModelError(f"training.lora.targets = {config.targets!r}: use all-linear, or a list of these layers: {', '.join(linear)}.")
+        raise ModelError(
+            f"training.lora.targets = {config.targets!r}: use all-linear, or a list of these layers: {', '.join(linear)}."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(
@@ -170,24 +187,37 @@ def _read_run_file(folder: Path) -> dict[str, Any]:
 
 
 def _load_plain(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
+    with _loading(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    return model, _load_plain_tokenizer(source, trust_remote_code)
+
+
+def _load_plain_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{source}: cannot be loaded as a causal language model: {str(error).strip().splitlines()[0]}. "
+            f"{source}: its tokenizer has no end token (eos_token), which ends every answer. Add one to the tokenizer."
+        )
+    return tokenizer
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turn what transformers raises for an unknown or broken model into a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{source}: cannot be loaded as a causal language model: {first_line} "
             "Give `default`, a folder, a hub id that can be reached, a .gguf file or a finished run's folder."
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{source}: its tokenizer has no end token (eos_token), which ends every answer. Add one to the tokenizer.")
-    return model, tokenizer
 
 
 def _fingerprint(folder: Path | None, seed: str) -> str:
     """SHA-256 over a folder's weights, adapter, config and tokenizer files, or a hub id's name."""
-    import hashlib
-
     digest = hashlib.sha256(seed.encode() if folder is None or (folder / "adapter_config.json").is_file() else b"")
     for path in sorted(folder.iterdir()) if folder is not None else ():
         if path.suffix in (".safetensors", ".json", ".jinja") and path.name not in (RUN_FILE, "summary.json"):

@@ -1,6 +1,6 @@
-"""The loss: which answers are targets, and over what it is a mean. The only file that shifts by one.
+r"""The loss: which answers are targets, and over what it is a mean. The only file that shifts by one.
 
-    tokens       … \\nAnswer:  positive  <|im_end|>  \\n\\n …
+    tokens       … \nAnswer:  positive  <|im_end|>  \n\n …
     shot                .        0          0        .        unshifted, as rows carry it
     predicts            0        0          .        .        these positions meet the vocabulary matrix, and no others
 
@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 
 
 def shot_bucket_names() -> list[str]:
-    """Names of the shot ranges in which losses are reported: 0, 1, 2-3, 4-7, …"""
+    """Names of the shot ranges in which losses are reported: 0, 1, 2-3, 4-7 and so on."""
     return ["0", "1", *(f"{2**power}-{2 ** (power + 1) - 1}" for power in range(1, NUM_SHOT_BUCKETS - 1))]
 
 
@@ -75,9 +75,8 @@ def count_units(batch: Batch, config: ObjectiveConfig) -> Tensor:
     mask = select_targets(batch, config.name)
     if config.normalisation == "token":
         return mask.sum()
-    if config.normalisation == "answer":
-        return _answer_numbers(batch)[mask].unique().numel() * torch.ones((), dtype=torch.long, device=mask.device)
-    return batch["episode"][mask].unique().numel() * torch.ones((), dtype=torch.long, device=mask.device)
+    numbers = _answer_numbers(batch) if config.normalisation == "answer" else batch["episode"]
+    return torch.tensor(numbers[mask].unique().numel(), device=mask.device)
 
 
 def answer_losses(model: nn.Module, batch: Batch, config: ObjectiveConfig, *, in_head: bool) -> AnswerLosses:
@@ -132,7 +131,13 @@ def _head_returns_losses(model: nn.Module, targets: Tensor) -> Iterator[None]:
         if flat.shape[0] <= CHUNK_POSITIONS:
             return _chunk_losses(forward, flat, flat_targets).view(*targets.shape, 1)
         chunks = [
-            checkpoint(_chunk_losses, forward, flat[start : start + CHUNK_POSITIONS], flat_targets[start : start + CHUNK_POSITIONS], use_reentrant=False)
+            checkpoint(
+                _chunk_losses,
+                forward,
+                flat[start : start + CHUNK_POSITIONS],
+                flat_targets[start : start + CHUNK_POSITIONS],
+                use_reentrant=False,
+            )
             for start in range(0, flat.shape[0], CHUNK_POSITIONS)
         ]
         return torch.cat(chunks).view(*targets.shape, 1)
@@ -175,7 +180,9 @@ def head_can_return_losses(model: nn.Module) -> bool:
     model.train(was_training)
     agrees = bool(torch.allclose(inside, outside, rtol=1e-3, atol=1e-3))
     if not agrees:
-        logger.warning("the model alters its logits after the output head: losses are computed from whole logits, which takes more memory")
+        logger.warning(
+            "the model alters its logits after the output head: losses are computed from whole logits, which takes more memory"
+        )
     return agrees
 
 

@@ -9,7 +9,8 @@ to itself.
     shot           | . . . 0 0 . . . 1 1  | . . . . . 0 0  |  . . .       ('.' is -1)
 """
 
-from collections.abc import Iterator, Sequence as SequenceOf
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,9 +68,7 @@ def build_row(tasks: SequenceOf[Task], *, config: EpisodesConfig, encoder: Encod
 class RowDataset:
     """Rows of a run by index, as a map-style dataset; nothing is built before it is asked for."""
 
-    def __init__(
-        self, tasks: SequenceOf[Task], *, config: EpisodesConfig, encoder: Encoder, seed: int, num_rows: int
-    ) -> None:
+    def __init__(self, tasks: SequenceOf[Task], *, config: EpisodesConfig, encoder: Encoder, seed: int, num_rows: int) -> None:
         self.tasks = tasks
         self.config = config
         self.encoder = encoder

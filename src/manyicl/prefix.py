@@ -57,14 +57,21 @@ class Prefix:
             BudgetError: the prefix holds fewer demonstrations.
         """
         if not 0 <= num_shots <= self.num_shots:
-            raise BudgetError(f"the prefix holds {self.num_shots} demonstrations, not {num_shots}. Prefill more, or ask for fewer.")
+            raise BudgetError(
+                f"the prefix holds {self.num_shots} demonstrations, not {num_shots}. Prefill more, or ask for fewer."
+            )
         stop = self.stops[num_shots]
         states = tuple((key[:, :, :stop], value[:, :, :stop]) for key, value in self.states) if stop else ()
         return Prefix(self.token_ids[:stop], self.stops[: num_shots + 1], states)
 
 
 def prefill(
-    model: PreTrainedModel, encoder: Encoder, demonstrations: Sequence[Example], *, instruction: str = "", max_tokens: int | None = None
+    model: PreTrainedModel,
+    encoder: Encoder,
+    demonstrations: Sequence[Example],
+    *,
+    instruction: str = "",
+    max_tokens: int | None = None,
 ) -> Prefix:
     """Compute the keys and values of an opening and ordered demonstrations.
 
@@ -82,7 +89,12 @@ def prefill(
 
 
 def extend(
-    model: PreTrainedModel, encoder: Encoder, prefix: Prefix, demonstrations: Sequence[Example], *, max_tokens: int | None = None
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prefix: Prefix,
+    demonstrations: Sequence[Example],
+    *,
+    max_tokens: int | None = None,
 ) -> Prefix:
     """A longer prefix: the new demonstrations are computed, the old ones are not computed again.
 
@@ -129,7 +141,12 @@ def _compute_states(model: PreTrainedModel, token_ids: tuple[int, ...], prefix: 
 
 
 def run_branches(
-    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, branches: Branches, *, logits_to_keep: int
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    branches: Branches,
+    *,
+    logits_to_keep: int,
 ) -> torch.Tensor:
     """Logits [B, logits_to_keep, V] of the last tokens of each branch; keys and values are left in `branches.past`."""
     # A mask of four dimensions is passed through as it is; ours travels in `branches`, so this one only says "make none".

@@ -1,18 +1,19 @@
 """Recipe -> run folder, which is itself a model.
 
-    runs/mine/
-      recipe.yaml    the resolved recipe             adapter_model.safetensors (or model.safetensors), adapter_config.json
-      run.json       versions, seed, data hashes     tokenizer.json …   manyicl.json   base model and its note
-      checkpoints/   for --resume                    summary.json       written last: the run is finished
+runs/mine/
+  recipe.yaml    the resolved recipe             adapter_model.safetensors (or model.safetensors), adapter_config.json
+  run.json       versions, seed, data hashes     tokenizer.json …   manyicl.json   base model and its note
+  checkpoints/   for --resume                    summary.json       written last: the run is finished
 """
 
 import importlib.metadata
 import json
 import logging
 import platform
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -20,12 +21,18 @@ import yaml
 from manyicl.checkpoints import list_checkpoints
 from manyicl.config import EpisodesConfig, Recipe
 from manyicl.encoding import Encoder
-from manyicl.errors import RecipeError
+from manyicl.engines.native import NativeEngine
+from manyicl.episodes import order_examples
+from manyicl.errors import RecipeError, UserInputError
+from manyicl.evaluation import Plan, evaluate_task
 from manyicl.files import write_json_atomic, write_text_atomic
-from manyicl.modeling import LoadedModel, add_lora, load_model, save_model
-from manyicl.packing import Row, RowDataset
-from manyicl.tasks.readers import load_suite
-from manyicl.tasks.task import Task, TaskSuite
+from manyicl.forgetting import corpus_loss, read_corpus
+from manyicl.methods import Answer, InContext
+from manyicl.modeling import LoadedModel, add_lora, load_model, load_tokenizer, save_model
+from manyicl.packing import Row, RowDataset, build_row
+from manyicl.records import EvaluationRecord, RecordWriter, Shots
+from manyicl.tasks.readers import load_suite, read_examples, read_queries, task_of_examples
+from manyicl.tasks.task import Example, Role, Task, TaskSuite
 from manyicl.training import TrainingResult, train_model
 
 logger = logging.getLogger(__name__)
@@ -86,12 +93,18 @@ def _training_tasks(recipe: Recipe, suite: TaskSuite) -> tuple[Task, ...]:
     """The tasks trained on; a validation or held-out task among them is an error."""
     names = suite.meta_training if recipe.meta_training is None else tuple(recipe.meta_training)
     if not names:
-        raise RecipeError(f"suite {suite.name!r} has no meta-training tasks. List some under meta_training in its suite.yaml or the recipe.")
+        raise RecipeError(
+            f"suite {suite.name!r} has no meta-training tasks. List some under meta_training in its suite.yaml or the recipe."
+        )
     for name in names:
         if name not in suite.tasks:
-            raise RecipeError(f"meta_training names {name!r}, which suite {suite.name!r} does not have ({', '.join(suite.tasks)}).")
+            raise RecipeError(
+                f"meta_training names {name!r}, which suite {suite.name!r} does not have ({', '.join(suite.tasks)})."
+            )
         if suite.role(name) in ("validation", "held_out"):
-            raise RecipeError(f"meta_training names {name!r}, which is a {suite.role(name)} task. Training on it would void every result.")
+            raise RecipeError(
+                f"meta_training names {name!r}, which is a {suite.role(name)} task. Training on it would void every result."
+            )
     return tuple(suite.tasks[name] for name in names)
 
 
@@ -101,7 +114,9 @@ def _validation_rows(recipe: Recipe, suite: TaskSuite, encoder: Encoder) -> list
     if not recipe.training.validate_checkpoints:
         return None
     if not tasks:
-        raise RecipeError(f"training.validate_checkpoints: suite {suite.name!r} has no validation tasks. Turn it off or name some.")
+        raise RecipeError(
+            f"training.validate_checkpoints: suite {suite.name!r} has no validation tasks. Turn it off or name some."
+        )
     config = EpisodesConfig.model_validate({"max_tokens": recipe.episodes.max_tokens, "format": recipe.episodes.format})
     num_rows = recipe.training.validation_rows * len(tasks)
     return list(RowDataset(tasks, config=config, encoder=encoder, seed=recipe.seed, num_rows=num_rows))
@@ -110,7 +125,8 @@ def _validation_rows(recipe: Recipe, suite: TaskSuite, encoder: Encoder) -> list
 def _check_positions(recipe: Recipe, loaded: LoadedModel) -> None:
     if recipe.episodes.max_tokens > loaded.context_tokens:
         raise RecipeError(
-            f"episodes.max_tokens = {recipe.episodes.max_tokens} is more than the {loaded.context_tokens} positions of {recipe.model}. Lower it."
+            f"episodes.max_tokens = {recipe.episodes.max_tokens} is "
+            f"more than the {loaded.context_tokens} positions of {recipe.model}. Lower it."
         )
 
 
@@ -126,11 +142,15 @@ def _check_folder(output: Path, recipe: Recipe, tasks: tuple[Task, ...], *, resu
     now = recipe.model_dump(mode="json")
     differing = _differences(before, now)
     if differing:
-        raise RecipeError(f"{output}: was started with another recipe ({'; '.join(differing)}). Use that recipe, or another output.")
+        raise RecipeError(
+            f"{output}: was started with another recipe ({'; '.join(differing)}). Use that recipe, or another output."
+        )
     hashes = json.loads((output / "run.json").read_text(encoding="utf-8"))["data"]
     changed = [task.name for task in tasks if hashes.get(task.name) != task.fingerprint()]
     if changed:
-        raise RecipeError(f"{output}: the examples of {', '.join(changed)} have changed since the run was started. Choose another output.")
+        raise RecipeError(
+            f"{output}: the examples of {', '.join(changed)} have changed since the run was started. Choose another output."
+        )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
@@ -163,3 +183,133 @@ def _read_result(output: Path) -> TrainingResult:
     losses = [(int(step), float(loss)) for step, loss in content["losses"]]
     fields = {name: content[name] for name in ("updates", "tokens", "answers", "seconds", "peak_memory_bytes", "best_step")}
     return TrainingResult(**fields, losses=losses)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What `manyicl evaluate` was asked for; see its options."""
+
+    models: tuple[str, ...]
+    tasks: str = "builtin"
+    role: str = "held_out"
+    only: tuple[str, ...] = ()
+    shots: tuple[Shots, ...] = (0, 1, 4, 16, 64, "max")
+    num_seeds: int = 3
+    num_queries: int = 100
+    context_tokens: int | None = None
+    format: str = "plain"
+
+
+def evaluate_models(request: EvaluationRequest, output: Path) -> list[EvaluationRecord]:
+    """Evaluate models one after the other and return all records asked for; finished cells are read from `output`.
+
+    Raises:
+        UserInputError: a task, a role or a model is wrong, or `output` holds other results of these cells.
+    """
+    suite = load_suite(request.tasks)
+    tasks = _chosen_tasks(suite, request)
+    writer = RecordWriter(output)
+    records: list[EvaluationRecord] = []
+    for name in request.models:
+        loaded = load_model(name)
+        encoder = Encoder(loaded.tokenizer, format=_format(request.format))
+        method = InContext(NativeEngine(loaded, encoder, context_tokens=request.context_tokens))
+        plan = Plan(
+            shots=request.shots,
+            num_seeds=request.num_seeds,
+            num_queries=request.num_queries,
+            model=name,
+            model_note=loaded.note,
+            versions=tuple(library_versions().items()),
+        )
+        for task in tasks:
+            records += evaluate_task(method, task, suite.role(task.name), plan=plan, writer=writer)
+    return records
+
+
+def predict(
+    model: str | LoadedModel, demonstrations: Sequence[Example], queries: Sequence[str], *, seed: int = 0
+) -> tuple[list[Answer], int]:
+    """Answers to queries from labelled examples, and how many of the examples fitted the context.
+
+    Answers that recur among the examples are taken as a label set and scored exactly; otherwise free text is generated.
+
+    Raises:
+        UserInputError: the examples, a query or the model are wrong.
+    """
+    task = task_of_examples(demonstrations, name="task")
+    loaded = load_model(model) if isinstance(model, str) else model
+    method = InContext(NativeEngine(loaded, Encoder(loaded.tokenizer)))
+    asked = tuple(Example(text, "") for text in queries)
+    order = order_examples(task.train, seed=seed, purpose="demonstrations", index=0)
+    opened = method.open(task, order, asked)
+    return opened.answer(asked, opened.num_demonstrations), opened.num_demonstrations
+
+
+def predict_file(model: str, demonstrations: Path, queries: Path, output: Path, *, seed: int = 0) -> tuple[int, int, int]:
+    """Answer the queries of a file from labelled examples in another; writes one JSON line per query.
+
+    Returns:
+        Demonstrations used, demonstrations given, answers written.
+
+    Raises:
+        UserInputError: a file or the model is wrong; nothing is written.
+    """
+    examples, asked = read_examples(demonstrations), read_queries(queries)
+    answers, num_used = predict(model, examples, asked, seed=seed)
+    lines = []
+    for text, answer in zip(asked, answers, strict=True):
+        row: dict[str, object] = {"input": text, "answer": answer.text}
+        if answer.choice >= 0:
+            row["log_probability"] = answer.log_probability
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text_atomic(output, "".join(lines))
+    return num_used, len(examples), len(lines)
+
+
+def measure_corpora(
+    models: Sequence[str], texts: Sequence[Path], output: Path, *, max_bytes: int, window_tokens: int
+) -> list[dict[str, Any]]:
+    """Bits per byte of each text under each model, also written to `output` as JSON."""
+    corpora = {path.name: read_corpus(path, max_bytes=max_bytes) for path in texts}
+    rows = []
+    for name in models:
+        loaded = load_model(name)
+        for corpus, text in corpora.items():
+            loss = corpus_loss(loaded, text, window_tokens=window_tokens)
+            rows.append({"model": name, "note": loaded.note, "corpus": corpus, "window_tokens": window_tokens} | asdict(loss))
+    write_json_atomic(output, {"versions": library_versions(), "results": rows})
+    return rows
+
+
+def open_row(recipe: Recipe, index: int) -> tuple[Row, Any]:
+    """Row `index` of a run and the tokenizer, without loading the model's weights."""
+    suite = load_suite(recipe.tasks)
+    tokenizer = load_tokenizer(recipe.model)
+    encoder = Encoder(tokenizer, format=recipe.episodes.format)
+    tasks = _training_tasks(recipe, suite)
+    return build_row(tasks, config=recipe.episodes, encoder=encoder, seed=recipe.seed, index=index), tokenizer
+
+
+def _chosen_tasks(suite: TaskSuite, request: EvaluationRequest) -> tuple[Task, ...]:
+    """The tasks of a role, or those named."""
+    for name in request.only:
+        if name not in suite.tasks:
+            raise UserInputError(f"suite {suite.name!r} has no task {name!r} ({', '.join(suite.tasks)}).")
+    if request.only:
+        return tuple(suite.tasks[name] for name in request.only)
+    if request.role == "all":
+        return tuple(suite.tasks.values())
+    role = next((role for role in get_args(Role) if role == request.role), None)
+    if role is None:
+        raise UserInputError(f"--role {request.role!r} is none of {', '.join(get_args(Role))} and all.")
+    tasks = suite.select(role)
+    if not tasks:
+        raise UserInputError(f"suite {suite.name!r} has no {request.role} task. Name tasks, or choose --role all.")
+    return tasks
+
+
+def _format(name: str) -> Literal["plain", "chat"]:
+    if name not in ("plain", "chat"):
+        raise UserInputError(f"--format {name!r} is neither plain nor chat.")
+    return "chat" if name == "chat" else "plain"

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyicl.attention import Branches, use_shared_prefix_attention
@@ -198,7 +197,7 @@ def generate_answers(
     *,
     terminator_id: int,
     max_new_tokens: int,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int = 16384,
 ) -> list[TokenIds]:
     """Greedy answers to each query, up to and without the terminator, at most `max_new_tokens` long.
 
@@ -252,16 +251,3 @@ def _generate_batch(
         real = torch.cat([real, real.new_ones(len(active), 1)], dim=1)
         branches.mask = real.unsqueeze(1)
     return [tuple(answer) for answer in answers]
-
-
-def log_probabilities(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Label scores normalised to log-probabilities over the given labels, [number of labels]."""
-    shifted = torch.log_softmax(torch.from_numpy(scores), dim=-1)
-    return shifted.numpy()
-
-
-def mean_token_loss(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    """Negative log-probability [T - 1] of every token after the first, in natural logarithms; `token_ids` is [T]."""
-    with torch.inference_mode():
-        logits = model(input_ids=token_ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits, token_ids[1:], reduction="none")

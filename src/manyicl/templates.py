@@ -1,6 +1,6 @@
-"""The fixed text around inputs and answers: one example as segments.
+r"""The fixed text around inputs and answers: one example as segments.
 
-    plain:  <opening><instruction>\\n\\n | input | \\nAnswer: |  answer | <terminator> | \\n\\n | input | …
+    plain:  <opening><instruction>\n\n | input | \nAnswer: |  answer | <terminator> | \n\n | input | …
                                         └──── input part ────┘└─ answer part, trained ─┘  gap
 
 A `Layout` is all that a format is. The chat format is the tokenizer's own template cut into the same pieces (see

@@ -76,9 +76,9 @@ class ManyShotTrainer(Trainer):
 
     def __init__(self, *, objective: ObjectiveConfig, **options: Any) -> None:
         super().__init__(**options)
-        self.objective = objective
+        self.objective: ObjectiveConfig = objective
         self.progress = Progress()
-        self.in_head = head_can_return_losses(self.model)
+        self.in_head = head_can_return_losses(options["model"])
         # The loss is already divided by the units of all accumulated batches (read by the trainer's training_step).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -86,7 +86,7 @@ class ManyShotTrainer(Trainer):
         self._shot_counts = torch.zeros(NUM_SHOT_BUCKETS)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Units of the optimizer step, over accumulated batches and ranks; transformers would count labels."""
@@ -102,7 +102,8 @@ class ManyShotTrainer(Trainer):
         losses = answer_losses(model, inputs, self.objective, in_head=self.in_head)
         self._shot_sums += losses.shot_sums.cpu()
         self._shot_counts += losses.shot_counts.cpu()
-        return losses.total / num_items_in_batch * self.args.world_size
+        share: torch.Tensor = losses.total / num_items_in_batch * self.args.world_size
+        return share
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, counted and timed."""
@@ -110,7 +111,8 @@ class ManyShotTrainer(Trainer):
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise ManyICLError(
-                f"the loss is {float(loss)} at update {self.state.global_step + 1}. Lower training.learning_rate, or train in float32."
+                f"the loss is {float(loss)} at update {self.state.global_step + 1}. "
+                "Lower training.learning_rate, or train in float32."
             )
         self.progress.seconds += time.perf_counter() - start
         self.progress.tokens += int((inputs["episode"] >= 0).sum())
@@ -121,12 +123,14 @@ class ManyShotTrainer(Trainer):
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Mean token loss over every answer of the validation rows, the same for each objective."""
         config = ObjectiveConfig.model_validate({})
-        self.model.eval()
+        model: Any = self.model
+        rows: Any = self.eval_dataset
+        model.eval()
         total, units = 0.0, 0
         with torch.no_grad():
-            for index in range(len(self.eval_dataset)):  # type: ignore[arg-type]
-                batch = self._prepare_inputs(to_tensors([self.eval_dataset[index]]))  # type: ignore[index]
-                total += float(answer_losses(self.model, batch, config, in_head=self.in_head).total)
+            for row in rows:
+                batch = self._prepare_inputs(to_tensors([row]))
+                total += float(answer_losses(model, batch, config, in_head=self.in_head).total)
                 units += int(count_units(batch, config))
         metrics = {"eval_loss": total / units}
         self.log(metrics)
@@ -145,7 +149,7 @@ class ManyShotTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         with storage_errors(folder):
             super()._save_checkpoint(model, trial)
         if not self.args.should_save:
@@ -218,7 +222,7 @@ def train_model(
         seconds=progress.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         best_step=state.best_global_step or state.global_step,
-        losses=[(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry],
+        losses=[(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry],
     )
 
 

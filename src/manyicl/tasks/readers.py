@@ -80,7 +80,7 @@ def load_task(path: Path | str, *, name: str | None = None) -> Task:
     """
     path = Path(path)
     if path.is_file():
-        return _load_single_file(path, name)
+        return task_of_examples(read_examples(path), name=name or path.stem)
     if not path.is_dir():
         raise TaskError(f"{path}: no such folder. Give a task's folder, with train.jsonl and, better, task.yaml.")
     description_file = path / "task.yaml"
@@ -91,10 +91,8 @@ def load_task(path: Path | str, *, name: str | None = None) -> Task:
         tables = _read_files(path)
         description = infer_task_file(path, tables["train"], tables["test"])
         logger.info("%s: no task.yaml; %s", path, describe_guess(description))
-    splits = {
-        split: tuple(make_example(row, description) for row in tables.get(split, [])) for split in ("train", "test")
-    }
-    return _finish_task(name or description.name or path.name, description, splits["train"], splits["test"], path)
+    splits = {split: tuple(make_example(row, description) for row in tables.get(split, [])) for split in ("train", "test")}
+    return _finish_task(name or description.name or path.name, description, splits["train"], splits["test"], str(path))
 
 
 def load_suite(path: Path | str) -> TaskSuite:
@@ -163,7 +161,7 @@ def infer_task_file(folder: Path, rows: Sequence[TableRow], test_rows: Sequence[
     answers = Counter(str(row.fields.get(answer)) for row in rows)
     if not labels and not options and metric in ("accuracy", "macro_f1") and _looks_like_labels(answers):
         labels = sorted(answers)
-    template = "{%s}" % inputs[0] if len(inputs) == 1 else "\n".join(f"{name.capitalize()}: {{{name}}}" for name in inputs)
+    template = f"{{{inputs[0]}}}" if len(inputs) == 1 else "\n".join(f"{name.capitalize()}: {{{name}}}" for name in inputs)
     return TaskFile(
         name=folder.name,
         family=manifest.get("family", "classification"),
@@ -227,13 +225,17 @@ def make_example(row: TableRow, description: TaskFile) -> Example:
 
 def _label_word(row: TableRow, raw: str, labels: Mapping[str, str]) -> str:
     if raw not in labels:
-        raise TaskError(f"{row.source}: raw label {raw!r} is not mapped to a word (mapped: {', '.join(labels)}). Add it to `labels`.")
+        raise TaskError(
+            f"{row.source}: raw label {raw!r} is not mapped to a word (mapped: {', '.join(labels)}). Add it to `labels`."
+        )
     return labels[raw]
 
 
 def _field(row: TableRow, name: str) -> Any:
     if name not in row.fields or row.fields[name] is None:
-        raise TaskError(f"{row.source}: field {name!r} is missing (there: {', '.join(row.fields)}). Correct the row or the task.yaml.")
+        raise TaskError(
+            f"{row.source}: field {name!r} is missing (there: {', '.join(row.fields)}). Correct the row or the task.yaml."
+        )
     return row.fields[name]
 
 
@@ -263,10 +265,10 @@ def _read_hub(hub: HubSource, folder: Path) -> dict[str, list[TableRow]]:
     return tables
 
 
-def _finish_task(name: str, description: TaskFile, train: tuple[Example, ...], test: tuple[Example, ...], path: Path) -> Task:
+def _finish_task(name: str, description: TaskFile, train: tuple[Example, ...], test: tuple[Example, ...], where: str) -> Task:
     """A task whose label set is complete and whose test labels were all seen in train."""
     if len(train) < 2:
-        raise TaskError(f"{path}: {len(train)} train example(s); a task needs at least 2. Add labelled examples.")
+        raise TaskError(f"{where}: {len(train)} train example(s); a task needs at least 2. Add labelled examples.")
     labels: tuple[str, ...] = ()
     if description.labels:
         words = description.labels.values() if isinstance(description.labels, dict) else description.labels
@@ -274,7 +276,9 @@ def _finish_task(name: str, description: TaskFile, train: tuple[Example, ...], t
         seen = {example.answer for example in train}
         for example in test:
             if example.answer not in seen:
-                raise TaskError(f"{example.source}: test label {example.answer!r} never occurs in train. Add an example of it, or drop the row.")
+                raise TaskError(
+                    f"{example.source}: test label {example.answer!r} never occurs in train. Add an example of it, or drop the row."
+                )
     return Task(
         name=name,
         family=description.family,
@@ -309,13 +313,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(entries[0]) if entries else {}
 
 
-def _load_single_file(path: Path, name: str | None) -> Task:
-    examples = read_examples(path)
+def task_of_examples(examples: Sequence[Example], *, name: str) -> Task:
+    """A task without a test split from labelled examples; answers that recur are its label set.
+
+    Raises:
+        TaskError: there are fewer than two examples.
+    """
     answers = Counter(example.answer for example in examples)
-    labels = sorted(answers) if _looks_like_labels(answers) and not examples[0].options else None
-    metric: Metric = "accuracy" if labels or examples[0].options else "token_f1"
+    is_choice = bool(examples) and bool(examples[0].options)
+    labels = sorted(answers) if examples and not is_choice and _looks_like_labels(answers) else None
+    metric: Metric = "accuracy" if labels or is_choice else "token_f1"
     description = TaskFile(input="{input}", answer="answer", labels=labels, metric=metric)
-    return _finish_task(name or path.stem, description, examples, (), path)
+    return _finish_task(name, description, tuple(examples), (), name)
 
 
 def read_examples(path: Path | str) -> tuple[Example, ...]:

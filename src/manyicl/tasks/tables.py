@@ -76,7 +76,8 @@ def read_utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise TaskError(
-            f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8 (byte {error.start} of the file). Save the file as UTF-8."
+            f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8 "
+            f"(byte {error.start} of the file). Save the file as UTF-8."
         ) from error
 
 

@@ -1,10 +1,10 @@
 """What a task is: examples, their split, and how an answer is judged. Plain data; loads no torch.
 
-    Task "intent"                                     Example
-      family   classification                           input   "play some jazz"
-      labels   ("play music", "book flight")            answer  "play music"
-      train    (Example, Example, …)   demonstrations and training targets are drawn from here
-      test     (Example, …)            queries are taken from here, in file order
+Task "intent"                                     Example
+  family   classification                           input   "play some jazz"
+  labels   ("play music", "book flight")            answer  "play music"
+  train    (Example, Example, …)   demonstrations and training targets are drawn from here
+  test     (Example, …)            queries are taken from here, in file order
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from manyicl.errors import TaskError
 
 Family = Literal["classification", "summarization", "qa", "nli", "math"]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "rouge_l", "numeric_match"]
+Role = Literal["meta_training", "validation", "held_out"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 METRICS: tuple[str, ...] = get_args(Metric)
 
@@ -102,7 +103,7 @@ class TaskSuite:
             TaskError: a role names an unknown task, or a task has two roles.
         """
         seen: dict[str, str] = {}
-        for role in ("meta_training", "validation", "held_out"):
+        for role in get_args(Role):
             for name in getattr(self, role):
                 if name not in self.tasks:
                     raise TaskError(
@@ -118,11 +119,11 @@ class TaskSuite:
 
     def role(self, name: str) -> str:
         """The role of a task: meta_training, validation, held_out, or "none"."""
-        for role in ("meta_training", "validation", "held_out"):
+        for role in get_args(Role):
             if name in getattr(self, role):
                 return role
         return "none"
 
-    def select(self, role: Literal["meta_training", "validation", "held_out"]) -> tuple[Task, ...]:
+    def select(self, role: Role) -> tuple[Task, ...]:
         """The tasks of one role, in the suite's order of names."""
         return tuple(self.tasks[name] for name in getattr(self, role))

@@ -1,0 +1,73 @@
+"""The native engine: this process runs the model, with text in and scores or text out.
+
+The seam for other engines: everything above it says `prefill`, `choose` and `write`, and sees no tensor.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from manyicl.encoding import Encoder
+from manyicl.modeling import LoadedModel
+from manyicl.prefix import Prefix, prefill
+from manyicl.scoring import generate_answers, score_labels
+from manyicl.tasks.task import Example
+
+
+class NativeEngine:
+    """Runs a loaded model on prefilled demonstrations.
+
+    Args:
+        loaded: The model and its tokenizer.
+        encoder: Turns text into the tokens that the model was tuned on.
+        context_tokens: Tokens that demonstrations, query and answer may have together; None takes the model's positions.
+    """
+
+    def __init__(self, loaded: LoadedModel, encoder: Encoder, *, context_tokens: int | None = None) -> None:
+        self.loaded = loaded
+        self.encoder = encoder
+        self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens)
+
+    def prefill(self, demonstrations: Sequence[Example], *, instruction: str = "") -> Prefix:
+        """Prefill ordered demonstrations once.
+
+        Raises:
+            BudgetError: they are longer than the context.
+        """
+        return prefill(self.loaded.model, self.encoder, demonstrations, instruction=instruction, max_tokens=self.context_tokens)
+
+    def choose(
+        self, prefix: Prefix, inputs: Sequence[str], choices: Sequence[Sequence[str]], *, normalise: bool = False
+    ) -> list[npt.NDArray[np.float64]]:
+        """Log-probability of each choice of each query.
+
+        Raises:
+            TaskError: a choice is empty, or two have the same tokens.
+            BudgetError: a query does not fit behind the prefix.
+        """
+        encoded: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+        labels = [encoded.setdefault(own, []) or encoded[own] for own in map(tuple, choices)]
+        for own, ids in encoded.items():
+            ids.extend(self.encoder.encode_labels(own))
+        queries = [self.encoder.encode_query(text) for text in inputs]
+        return score_labels(self.loaded.model, prefix, queries, labels, normalise=normalise)
+
+    def write(self, prefix: Prefix, inputs: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """Greedy answers as text, up to the terminator.
+
+        Raises:
+            BudgetError: a query and its answer do not fit behind the prefix.
+        """
+        answers = generate_answers(
+            self.loaded.model,
+            prefix,
+            [self.encoder.encode_query(text) for text in inputs],
+            terminator_id=self.encoder.terminator_id,
+            max_new_tokens=max_new_tokens,
+        )
+        return [str(self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
+
+    def answer_tokens(self, answers: Sequence[str]) -> int:
+        """Tokens of the longest of the answers, its terminator included."""
+        return max(len(self.encoder.encode_answer(answer)) for answer in answers)

@@ -1,0 +1,55 @@
+"""What a tuned model lost: bits per byte of plain text, which tuning on tasks does not aim at."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from manyicl.errors import UserInputError
+from manyicl.modeling import LoadedModel
+
+
+@dataclass(frozen=True)
+class CorpusLoss:
+    """How well a model predicts a corpus; lower is better.
+
+    Attributes:
+        bits_per_byte: Bits of all predicted tokens over the bytes of the text.
+        num_tokens: Tokens predicted: all but the first of each window.
+    """
+
+    bits_per_byte: float
+    num_bytes: int
+    num_tokens: int
+
+
+def read_corpus(path: Path, *, max_bytes: int) -> str:
+    """The first `max_bytes` bytes of a text, cut back to a whole character.
+
+    Raises:
+        UserInputError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return stream.read(max_bytes).decode("utf-8", errors="ignore")
+    except OSError as error:
+        raise UserInputError(f"{path}: cannot be read ({error.strerror}). Give a plain text file.") from error
+
+
+def corpus_loss(loaded: LoadedModel, text: str, *, window_tokens: int = 2048) -> CorpusLoss:
+    """Bits per byte of a text, read in windows that do not overlap; the first token of each window is context only.
+
+    The bytes counted are those of the whole text, so that models with one tokenizer compare exactly.
+    """
+    token_ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    total, predicted = 0.0, 0
+    for window in token_ids.split(window_tokens):
+        if len(window) < 2:
+            continue
+        with torch.inference_mode():
+            logits = loaded.model(input_ids=window.unsqueeze(0).to(loaded.model.device), use_cache=False).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:].to(logits.device), reduction="sum"))
+        predicted += len(window) - 1
+    num_bytes = len(text.encode("utf-8"))
+    return CorpusLoss(total / math.log(2) / num_bytes, num_bytes, predicted)

@@ -1,0 +1,221 @@
+"""Evaluation records: one typed JSON line per cell; every table and plot is made from them. Loads no torch.
+
+    cell  = (method, model, task, split, shots, seed)
+    line  = cell, value, demonstrations used, tokens, seconds, versions, and per query: id, score, gold and predicted label index
+
+No text of a task is recorded. Lines are appended whole and synced: a kill leaves at most one torn last line, which readers
+pass over and say so.
+"""
+
+import gzip
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyicl.errors import RecordsError
+from manyicl.files import storage_errors
+from manyicl.metrics import mean_interval
+
+logger = logging.getLogger(__name__)
+
+Shots = int | Literal["max"]
+CellKey = tuple[str, str, str, str, Shots, int]
+
+
+class QueryScores(BaseModel):
+    """What happened to each query, as parallel lists."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ids: list[int] = Field(description="Position of the query in its split.")
+    scores: list[float] = Field(description="Score on 0-1.")
+    gold: list[int] = Field(description="Index of the gold label, -1 for free text.")
+    predicted: list[int] = Field(description="Index of the predicted label, -1 for free text.")
+
+
+class EvaluationRecord(BaseModel):
+    """The result of one cell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    method: str = Field(description="How the answer was obtained.")
+    model: str = Field(description="Name of the model.")
+    model_note: str = Field("", description="What must stand beside every result of the model.")
+    task: str
+    family: str
+    role: str = Field(description="Role of the task in its suite.")
+    split: str = Field("test", description="Split that the queries come from.")
+    metric: str
+    shots: Shots = Field(description="Demonstrations asked for, or `max`.")
+    num_demonstrations: int = Field(description="Demonstrations in the context.")
+    seed: int = Field(description="Seed of the order of demonstrations.")
+    value: float = Field(description="Value of the metric, 0-1.")
+    num_queries: int
+    prefix_tokens: int = Field(description="Tokens of the demonstrations.")
+    query_tokens: int = Field(description="Tokens of all queries.")
+    seconds: float = Field(description="Answering the queries; the prefill is counted in prefill_seconds.")
+    prefill_seconds: float = Field(description="Prefill that this cell's points of the shot curve shared.")
+    fingerprint: str = Field(description="Hash of model, examples and settings.")
+    versions: dict[str, str] = Field(default_factory=dict)
+    queries: QueryScores
+
+    @property
+    def key(self) -> CellKey:
+        """What identifies the cell."""
+        return (self.method, self.model, self.task, self.split, self.shots, self.seed)
+
+
+def read_records(path: Path) -> list[EvaluationRecord]:
+    """The records of a .jsonl or .jsonl.gz file; a torn last line is passed over, and that is said.
+
+    Raises:
+        RecordsError: a line is broken that is not a torn last one; file and line are named.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise RecordsError(f"{path}: cannot be read ({error}).") from error
+    lines = content.split(b"\n")
+    if lines[-1]:
+        logger.warning("%s: the last line (%d bytes) is torn; its cell is done again", path, len(lines[-1]))
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            records.append(EvaluationRecord.model_validate_json(line))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise RecordsError(f"{path}:{number}: no record: {problem['msg']}. Remove the line, or the file.") from error
+    return records
+
+
+class RecordWriter:
+    """Appends records to a file, each on disk before the next is computed.
+
+    Args:
+        path: A .jsonl file; a torn last line is cut off first. Its finished cells are in `finished`.
+
+    Raises:
+        RecordsError: the file holds broken records.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.finished: dict[CellKey, EvaluationRecord] = {}
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        for record in read_records(path):
+            self.finished[record.key] = record
+        with storage_errors(path):
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(path, whole)
+
+    def append(self, record: EvaluationRecord) -> None:
+        """Write one record durably.
+
+        Raises:
+            StorageError: it cannot be written; what was half written is passed over by readers.
+        """
+        with storage_errors(self.path), self.path.open("ab") as stream:
+            stream.write(record.model_dump_json().encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.finished[record.key] = record
+
+    def find(self, key: CellKey, fingerprint: str) -> EvaluationRecord | None:
+        """The finished record of a cell, if there is one.
+
+        Raises:
+            RecordsError: there is one with another model, other examples or other settings.
+        """
+        record = self.finished.get(key)
+        if record is not None and record.fingerprint != fingerprint:
+            raise RecordsError(
+                f"{self.path}: holds {record.task} at {record.shots} shots, seed {record.seed}, of another model, other examples or "
+                "other settings. Choose another output file."
+            )
+        return record
+
+
+def merge_records(paths: Iterable[Path]) -> list[EvaluationRecord]:
+    """The records of several files, each cell once.
+
+    Raises:
+        RecordsError: two files contradict each other about a cell.
+    """
+    merged: dict[CellKey, EvaluationRecord] = {}
+    for path in paths:
+        for record in read_records(path):
+            known = merged.setdefault(record.key, record)
+            if (known.fingerprint, known.value) != (record.fingerprint, record.value):
+                raise RecordsError(
+                    f"{path}: {record.key} has value {record.value:.4f}, another file says {known.value:.4f}. Keep one of them."
+                )
+    return list(merged.values())
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A method's result on one task, or its mean over tasks, at one number of shots.
+
+    Attributes:
+        low: Lower end of the interval over seeds, nan for one seed.
+        worst: The worst seed.
+        num_tasks: Tasks that reach this number of shots; 1 for a single task.
+    """
+
+    method: str
+    model: str
+    task: str
+    shots: Shots
+    mean: float
+    low: float
+    high: float
+    worst: float
+    num_seeds: int
+    num_tasks: int = 1
+
+
+def shot_order(shots: Shots) -> float:
+    """Sorts shot counts: numbers upwards, then `max`."""
+    return math.inf if shots == "max" else float(shots)
+
+
+def task_curves(records: Sequence[EvaluationRecord]) -> list[CurvePoint]:
+    """One point per method, model, task and shots: mean, interval and worst over seeds."""
+    groups: dict[tuple[str, str, str, Shots], list[float]] = {}
+    for record in records:
+        groups.setdefault((record.method, record.model, record.task, record.shots), []).append(record.value)
+    points = [
+        CurvePoint(*key, *mean_interval(values), worst=min(values), num_seeds=len(values)) for key, values in groups.items()
+    ]
+    return sorted(points, key=lambda point: (point.task, point.method, point.model, shot_order(point.shots)))
+
+
+def mean_curve(records: Sequence[EvaluationRecord], name: str = "mean over tasks") -> list[CurvePoint]:
+    """The mean over tasks per method, model and shots, its interval over seeds, and how many tasks reach each point.
+
+    Tasks in which a shot count does not fit are absent from that point and never repeated with fewer shots.
+    """
+    groups: dict[tuple[str, str, Shots], list[EvaluationRecord]] = {}
+    for record in records:
+        groups.setdefault((record.method, record.model, record.shots), []).append(record)
+    points = []
+    for (method, model, shots), members in groups.items():
+        tasks = {record.task for record in members}
+        seeds = sorted({record.seed for record in members})
+        by_seed = [[record.value for record in members if record.seed == seed] for seed in seeds]
+        complete = [sum(values) / len(values) for values in by_seed if len(values) == len(tasks)]
+        values = complete or [sum(record.value for record in members) / len(members)]
+        points.append(CurvePoint(method, model, name, shots, *mean_interval(values), min(values), len(values), len(tasks)))
+    return sorted(points, key=lambda point: (point.method, point.model, shot_order(point.shots)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manyicl.config import Recipe, load_recipe
     from manyicl.encoding import Encoder
+    from manyicl.estimator import ManyShotClassifier, ManyShotGenerator
     from manyicl.modeling import LoadedModel, export_model, load_model, push_to_hub
     from manyicl.prefix import Prefix, extend, prefill
     from manyicl.runs import EvaluationRequest, evaluate_models, predict, train
@@ -24,6 +25,8 @@ _HOMES = {
     "EvaluationRequest": "runs",
     "Example": "tasks.task",
     "LoadedModel": "modeling",
+    "ManyShotClassifier": "estimator",
+    "ManyShotGenerator": "estimator",
     "Prefix": "prefix",
     "Recipe": "config",
     "Task": "tasks.task",
@@ -51,6 +54,8 @@ __all__ = [
     "EvaluationRequest",
     "Example",
     "LoadedModel",
+    "ManyShotClassifier",
+    "ManyShotGenerator",
     "Prefix",
     "Recipe",
     "Task",

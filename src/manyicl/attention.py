@@ -13,9 +13,14 @@ Letters: B branches, H heads, K key-value heads, L tokens of a branch, P tokens 
 Everything a forward pass needs travels in its `branches` argument and never as state of a module, so that threads can share
 a model. Layers with soft-capping, attention sinks or an active sliding window take the plain path of `_attend_plainly`,
 which is correct and slower. Without `branches` the call is handed to transformers' own attention.
+
+bf16 on a CPU goes through our kernel where it can run (`kernels/cpu_attention.py`), which reads shared and grouped keys in
+place; without `branches` only where attention is causal and nothing else, as in training, gradients included.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +28,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from manyicl.kernels import cpu_attention
 
 IMPLEMENTATION = "manyicl"
 
@@ -34,16 +41,16 @@ class Branches:
     """What the attention of one forward pass is told.
 
     Attributes:
-        prefix: Keys and values [1, K, P, D] per layer; empty for none.
+        prefix: Keys and values [1, K, P, D] per layer, which an `Int8States` makes anew at each access; empty for none.
         mask: Which branch tokens see which, bool [B, L, past + L]; None means causal, with nothing in `past`.
         past: Keys and values [B, K, L, D] per layer of the branches' own earlier tokens; filled with those of this pass.
     """
 
-    prefix: list[LayerStates] = field(default_factory=list)
+    prefix: Sequence[LayerStates] = ()
     mask: Tensor | None = None
     past: dict[int, LayerStates] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def num_prefix_tokens(self) -> int:
         """Tokens of the prefix, P."""
         return self.prefix[0][0].shape[2] if self.prefix else 0
@@ -56,9 +63,17 @@ class Branches:
         self.past[layer] = (key, value)
         return key, value
 
+    def spread(self, states: Tensor) -> Tensor:
+        """Heads of this pass's tokens as the model has them, laid out by branch [B, H, L, D]; here they already are."""
+        return states
+
+    def collect(self, states: Tensor) -> Tensor:
+        """The reverse of `spread`, for outputs [B, H, L, D] and log-sum-exps [B, H, L]."""
+        return states
+
 
 def use_shared_prefix_attention(model: PreTrainedModel) -> None:
-    """Make a model's attention take `branches`; without them its results stay those of transformers' SDPA."""
+    """Make a model's attention take `branches`; without them it is transformers' SDPA, or our kernel for causal rows."""
     if model.config._attn_implementation != IMPLEMENTATION:
         model.set_attn_implementation(IMPLEMENTATION)
 
@@ -79,15 +94,21 @@ def attend(
         if any(value is not None for value in plain.values()):
             visible = _visible_without_branches(query, key, attention_mask)
             return _attend_plainly(query, key, value, visible, scaling=scaling, **plain).transpose(1, 2), None
+        if _is_causal_only(module, query, key, attention_mask, options):
+            query, key, value = (_cast_as_autocast(states) for states in (query, key, value))
+            if cpu_attention.can_attend(query, key, value, scaling):
+                output, _ = cpu_attention.attention_forward(query, key, value, is_causal=True, scaling=scaling)
+                return output.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    key, value = branches.append(layer, key, value)
+    key, value = branches.append(layer, branches.spread(key), branches.spread(value))
     window = options.get("sliding_window")
     total = branches.num_prefix_tokens + key.shape[2]
     if any(value is not None for value in plain.values()) or (window is not None and total > window):
-        output = _attend_with_joined_prefix(query, key, value, branches, layer, scaling=scaling, window=window, **plain)
-        return output.transpose(1, 2), None
-    output, weight = _attend_within(query, key, value, branches.mask, scaling)
+        spread = branches.spread(query)
+        output = _attend_with_joined_prefix(spread, key, value, branches, layer, scaling=scaling, window=window, **plain)
+        return branches.collect(output).transpose(1, 2), None
+    output, weight = map(branches.collect, _attend_within(branches.spread(query), key, value, branches.mask, scaling))
     if branches.num_prefix_tokens:
         shared, shared_weight = _attend_to_prefix(query, *branches.prefix[layer], scaling)
         share = torch.sigmoid(shared_weight - weight).unsqueeze(-1)
@@ -95,8 +116,32 @@ def attend(
     return output.to(query.dtype).transpose(1, 2), None
 
 
+def _is_causal_only(
+    module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Whether a call without branches is causal attention of a row to itself and nothing else, as in training."""
+    is_causal = options.get("is_causal")
+    window = options.get("sliding_window")
+    return (
+        attention_mask is None
+        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and query.shape[2] == key.shape[2] > 1
+        and (window is None or window >= key.shape[2])
+        and not options.get("dropout")
+        and all(options.get(name) is None for name in ("position_bias", "cache"))
+    )
+
+
+def _cast_as_autocast(states: Tensor) -> Tensor:
+    """States in the dtype in which autocast runs attention; torch's own attention is cast by torch."""
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+
 def _attend_to_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention [B, H, L, D] of every branch token to the whole prefix, and its log-sum-exp [B, H, L]."""
+    if cpu_attention.can_attend(query, key, value, scaling):
+        return cpu_attention.attention_forward(query, key, value, is_causal=False, scaling=scaling)
     num_branches, num_heads, length, size = query.shape
     num_shared = key.shape[1]
     group = num_heads // num_shared
@@ -122,6 +167,8 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bo
 
 def _attend_within(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention [B, H, L, D] inside each branch, and its log-sum-exp [B, H, L]; head groups fold into the query axis."""
+    if cpu_attention.can_attend(query, key, value, scaling):
+        return cpu_attention.attention_forward(query, key, value, is_causal=mask is None, scaling=scaling, mask=mask)
     num_branches, num_heads, length, size = query.shape
     num_shared = key.shape[1]
     group = num_heads // num_shared

@@ -35,7 +35,11 @@ def is_whole(folder: Path) -> bool:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return all((folder / name).is_file() and hash_file(folder / name) == value for name, value in hashes.items())
+    return (
+        isinstance(hashes, dict)
+        and bool(hashes)
+        and all((folder / name).is_file() and hash_file(folder / name) == value for name, value in hashes.items())
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

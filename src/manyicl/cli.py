@@ -189,12 +189,12 @@ def show_task(
 @tasks_app.command("check")
 def check_tasks(
     suite: Annotated[str, typer.Argument(help="`builtin`, a suite's folder or a task's folder.")] = "builtin",
+    against: Annotated[Optional[str], typer.Option(help="A second suite, for texts that stand in both.")] = None,  # noqa: UP045
 ) -> None:
-    """Look for leaks, duplicates and wrong labels; exit code 1 if there are errors."""
-    from manyicl.tasks.checks import check_suite
-    from manyicl.tasks.readers import load_suite
+    """Look for leaks, duplicates, wrong labels and broken rows; exit code 1 if there are errors."""
+    from manyicl.tasks.checks import check_folder
 
-    findings = check_suite(load_suite(suite))
+    findings = check_folder(suite, against=against)
     for finding in findings:
         typer.echo(f"{finding.severity}: {finding.source or finding.task}: {finding.kind}: {finding.message}")
     num_errors = sum(finding.severity == "error" for finding in findings)

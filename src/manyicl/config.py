@@ -9,16 +9,19 @@ training: {num_steps: 150, learning_rate: 3.0e-4}
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyicl.errors import RecipeError
 
+# What yaml.safe_load raises for a broken text: a ValueError for a date such as 2001-99-99, and its own errors for the rest.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EpisodesConfig(_Section):
@@ -95,20 +98,21 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a YAML file, with `key.subkey=value` overrides applied in order.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, a key is unknown (the nearest valid one is named), or a value is
             out of range.
     """
+    path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}). Give the path of a recipe in YAML.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: byte {error.start} is not UTF-8. Save the recipe as UTF-8.") from error
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise RecipeError(f"{path}: no valid YAML: {error}") from error
     if content is None:
         content = {}
@@ -137,12 +141,13 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{override!r} is no override. Write key=value, for instance training.num_steps=100.")
     *parents, leaf = key.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise RecipeError(f"{override!r}: {parent!r} holds a value, not a section.")
+        section = content[parent] = {} if content.get(parent) is None else content[parent]
+        if not isinstance(section, dict):
+            raise RecipeError(f"{override!r}: {parent!r} holds {section!r}, not a section. Name a key of the recipe.")
+        content = section
     try:
         content[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise RecipeError(f"{override!r}: the value is no valid YAML: {error}") from error
 
 
@@ -154,12 +159,14 @@ def explain_validation(error: ValidationError, section: type[BaseModel], *, wher
 def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
-    if item["type"] != "extra_forbidden":
-        return f"{dotted} = {item['input']!r}: {item['msg']}."
+    if item["type"] == "missing":
+        return f"{dotted} is missing. Add it."
+    if item["type"] not in ("extra_forbidden", "invalid_key"):
+        return f"{dotted} = {item['input']!r}: {item['msg'].removeprefix('Value error, ').removesuffix('.')}."
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), section)
     valid = list(section.model_fields)
     nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
     return f"unknown key {dotted!r}; the nearest valid one is {nearest[0]!r} (valid here: {', '.join(valid)})."

@@ -70,7 +70,9 @@ def gguf_model_folder(path: Path) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(str(folder) + ".lock"):
             if not folder.is_dir():
-                temporary = Path(tempfile.mkdtemp(dir=root, prefix=".converting-"))
+                for left_behind in root.glob(f".{folder.name}-*"):  # By a process that was killed.
+                    shutil.rmtree(left_behind)
+                temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}-"))
                 try:
                     _convert(path, temporary)
                     temporary.chmod(0o755)
@@ -85,8 +87,10 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"{path}: cannot be read as GGUF: {error}") from error
+    except Exception as error:  # The tokenizers library (0.22) raises bare ones, and a broken file can raise anything.
+        raise ModelError(
+            f"{path}: cannot be read as GGUF: {error} Give a whole .gguf file of a causal language model."
+        ) from error
     # transformers 5.19 to 5.23 marks the dequantised model as quantised and would refuse to save its plain weights.
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):

@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> Any:
         """The text of a conversation."""
 
+    def decode(self, token_ids: list[int]) -> Any:
+        """The text of token ids, special tokens included."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -120,11 +123,20 @@ class Encoder:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not is_markup)["input_ids"])
 
     def encode_opening(self, instruction: str = "") -> tuple[int, ...]:
-        """Token ids before the first example: the start token if the tokenizer adds one, and the instruction."""
+        """Token ids before the first example: the start token if the tokenizer adds one, and the instruction.
+
+        Raises:
+            ModelError: the chat template has no place for an instruction.
+        """
         markup = self.layout.is_markup
         start = () if markup else self._start_ids()
         if not instruction:
             return start + self._tokenize(self.layout.opening, markup)
+        if self.layout.before_instruction is None:
+            raise ModelError(
+                "the chat template takes no system message, so the task's instruction has no place. "
+                "Use episodes.format=plain, or drop the instruction."
+            )
         return (
             start
             + self._tokenize(self.layout.before_instruction, markup)
@@ -147,14 +159,17 @@ class Encoder:
         return before + self._tokenize(input, False) + after
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
-        """Token ids of an answer, its terminator last.
+        """Token ids of an answer, its terminator last and nowhere else.
 
         Raises:
             TaskError: the answer is empty.
+            ModelError: the tokenizer reads the terminator out of the answer's text.
         """
         ids = self._tokenize(self.layout.answer_lead + answer, False) if answer.strip() else ()
         if not ids:
             raise TaskError(f"the answer {answer!r} is empty. Every example needs an answer; remove it or fill it in.")
+        if self.terminator_id in ids:
+            raise ModelError(f"the tokenizer reads its end token out of the answer {answer!r}. Use a fast tokenizer.")
         return (*ids, self.terminator_id)
 
     def encode_example(self, input: str, answer: str) -> EncodedExample:
@@ -210,37 +225,27 @@ def encode_episode(episode: Episode, encoder: Encoder) -> Sequence:
 def chat_layout(tokenizer: Tokenizer) -> tuple[Layout, int]:
     """The tokenizer's chat template cut into the parts of a `Layout`, and the id of the token that ends an answer.
 
-    The template is rendered around placeholders, with one, two and three pairs of messages; the cut is taken only if every
-    rendering begins with the shorter one and each pair is wrapped in the same text.
+    The template is rendered around placeholders, with one, two and three pairs of messages, with and without the prompt for
+    an answer; the cut is taken only if the parts put together give each rendering again.
 
     Raises:
         ModelError: there is no template, it is not prefix-stable, or no special token ends an answer.
     """
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template. Use the plain format: episodes.format=plain.")
-    pieces = _cut_template(tokenizer, num_pairs=3, instruction=None)
-    opening_and_before, after_input, tail_and_before, *rest = pieces
-    if rest[0] != after_input or rest[1] != tail_and_before or rest[2] != after_input:
+    first, after_input, between, after_second, *_, tail = _cut_template(tokenizer, num_pairs=3, instruction=None)
+    if after_input != after_second or not between.startswith(tail):
         raise ModelError(
-            "the chat template wraps later messages in other text than earlier ones, so demonstrations cannot be appended. "
-            f"First pair: {(tail_and_before, after_input)!r}; second: {(rest[1], rest[2])!r}. Use episodes.format=plain."
-        )
-    tail = rest[3]
-    prompt = _render(tokenizer, [_user(0)], add_generation_prompt=True)
-    if not tail_and_before.startswith(tail) or prompt != opening_and_before + _mark("user", 0) + after_input:
-        raise ModelError(
-            "the chat template is not prefix-stable: a conversation does not begin with the text of a shorter one "
-            f"(prompt {prompt!r}). Use episodes.format=plain."
-        )
-    before_input = tail_and_before[len(tail) :]
-    if not opening_and_before.endswith(before_input):
-        raise ModelError(
-            f"the chat template opens its first message differently ({opening_and_before!r}). Use episodes.format=plain."
+            f"the chat template wraps later messages in other text than earlier ones ({after_input!r} and {after_second!r}, "
+            f"{between!r} and {tail!r}), so that demonstrations cannot be appended. Use episodes.format=plain."
         )
     terminator_id, gap = _split_terminator(tokenizer, tail)
+    before_input = between[len(tail) :]
+    if not first.endswith(before_input):
+        raise ModelError(f"the chat template opens its first message differently ({first!r}). Use episodes.format=plain.")
     before_instruction, after_instruction = _cut_instruction(tokenizer, before_input)
     layout = Layout(
-        opening=opening_and_before[: len(opening_and_before) - len(before_input)],
+        opening=first[: len(first) - len(before_input)],
         before_instruction=before_instruction,
         after_instruction=after_instruction,
         before_input=before_input,
@@ -249,7 +254,27 @@ def chat_layout(tokenizer: Tokenizer) -> tuple[Layout, int]:
         gap=gap,
         is_markup=True,
     )
+    _check_stable(tokenizer, layout, tail)
     return layout, terminator_id
+
+
+def _check_stable(tokenizer: Tokenizer, layout: Layout, tail: str) -> None:
+    """Check that the parts of a layout, put together, give what the template renders."""
+    text, messages = layout.opening, []
+    for number in range(3):
+        text += layout.before_input + _mark("user", number) + layout.after_input
+        messages.append(_user(number))
+        prompt = _render(tokenizer, messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": _mark("assistant", number)})
+        text_with_answer = text + _mark("assistant", number) + tail
+        whole = _render(tokenizer, messages)
+        if prompt != text or whole != text_with_answer:
+            seen = repr(prompt) if prompt != text else repr(whole)
+            raise ModelError(
+                "the chat template is not prefix-stable: a conversation does not begin with the text of a shorter one "
+                f"({number + 1} questions give {seen}). Use episodes.format=plain."
+            )
+        text = text_with_answer
 
 
 def _mark(role: str, number: int) -> str:
@@ -261,7 +286,10 @@ def _user(number: int) -> dict[str, str]:
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # A template raises what its author or jinja2 chose, and jinja2 is not ours to import.
+        raise ModelError(f"the chat template cannot be rendered: {str(error).rstrip('.')}. Use episodes.format=plain.") from error
 
 
 def _cut_template(tokenizer: Tokenizer, *, num_pairs: int, instruction: str | None) -> list[str]:
@@ -284,20 +312,18 @@ def _cut_template(tokenizer: Tokenizer, *, num_pairs: int, instruction: str | No
 def _split_terminator(tokenizer: Tokenizer, tail: str) -> tuple[int, str]:
     """The special token that begins the text after an answer, and the text that follows it."""
     ids = list(tokenizer(tail, add_special_tokens=False)["input_ids"])
-    if not ids or ids[0] not in tokenizer.all_special_ids:
+    token = str(tokenizer.decode(ids[:1])) if ids else ""
+    if not ids or ids[0] not in tokenizer.all_special_ids or not tail.startswith(token):
         raise ModelError(f"the chat template ends an answer with {tail!r}, which is no special token. Use episodes.format=plain.")
-    token = str(tokenizer.decode([ids[0]]))  # type: ignore[attr-defined]
     return ids[0], tail[len(token) :]
 
 
-def _cut_instruction(tokenizer: Tokenizer, before_input: str) -> tuple[str, str]:
-    """The text before and after a system message; where a template has none, the instruction opens the first user message."""
+def _cut_instruction(tokenizer: Tokenizer, before_input: str) -> tuple[str | None, str]:
+    """The text before and after a system message; None where a template takes none, or shows it elsewhere."""
     try:
-        pieces = _cut_template(tokenizer, num_pairs=1, instruction=_mark("system", 0))
-    except (ModelError, ValueError, KeyError):
-        pieces = []
-    if pieces and pieces[1].endswith(before_input):
-        return pieces[0], pieces[1][: len(pieces[1]) - len(before_input)]
-    raise ModelError(
-        "the chat template takes no system message, so a task's instruction has no place. Use episodes.format=plain."
-    )
+        before, after, *_ = _cut_template(tokenizer, num_pairs=1, instruction=_mark("system", 0))
+    except ModelError:
+        return None, ""
+    if not after.endswith(before_input):
+        return None, ""
+    return before, after[: len(after) - len(before_input)]

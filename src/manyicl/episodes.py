@@ -8,7 +8,6 @@ one. Only whole examples are taken; what is left out is named with its reason. L
 
 import bisect
 import itertools
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +57,7 @@ class Episode:
 def order_examples(examples: Sequence[Example], *, seed: int, purpose: str, index: int | str) -> list[Example]:
     """A uniformly random order of `examples`, a pure function of (seed, purpose, index).
 
+    As in any draw without replacement, a task of few examples grows predictable to who counts as its last ones are drawn.
     Shot sets taken from the front of one order are nested: k shots are the first k of it.
     """
     order = list(range(len(examples)))
@@ -66,17 +66,22 @@ def order_examples(examples: Sequence[Example], *, seed: int, purpose: str, inde
 
 
 def balance_order(examples: Sequence[Example], *, seed: int, purpose: str, index: int | str) -> list[Example]:
-    """A random order in which, at each draw, every answer is equally likely as long as it has examples left.
+    """A random order in which, at each draw, every answer that has examples left is equally likely.
 
-    Sequential weighted sampling without replacement with weights 1 / (examples with the same answer), by exponential
-    keys (Efraimidis and Spirakis, 2006). Probabilities change; the order stays random and is not grouped.
+    Until the rarest answer runs out the answers fall as fair dice do, so that those before say nothing about the next one.
     """
-    sizes: dict[str, int] = {}
-    for example in examples:
-        sizes[example.answer] = sizes.get(example.answer, 0) + 1
-    draw = random.Random(f"{seed}/{purpose}/{index}")
-    keyed = [(-math.log(1.0 - draw.random()) * sizes[example.answer], place) for place, example in enumerate(examples)]
-    return [examples[place] for _, place in sorted(keyed)]
+    left: dict[str, list[Example]] = {}
+    for example in order_examples(examples, seed=seed, purpose=purpose, index=index):
+        left.setdefault(example.answer, []).append(example)
+    answers = sorted(left)
+    draw = random.Random(f"{seed}/{purpose}/{index}/answers")
+    ordered = []
+    while answers:
+        answer = draw.choice(answers)
+        ordered.append(left[answer].pop())
+        if not left[answer]:
+            answers.remove(answer)
+    return ordered
 
 
 def draw_task(tasks: Sequence[Task], *, seed: int, index: int, alpha: float = 0.0) -> Task:

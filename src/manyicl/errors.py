@@ -9,6 +9,7 @@ A message says what was seen (with sizes, file and line where there is one) and 
     │   ├── BudgetError       examples and token budgets that do not go together
     │   ├── ModelError        a model name, folder, tokenizer or dtype
     │   ├── RecordsError      a file of records
+    │   ├── PrefixError       a prefix: of another model, damaged, or rounded
     │   └── StorageError      a full disk, a folder that cannot be written
     └── CheckpointError       a checkpoint that does not hold what its manifest says
 """
@@ -40,6 +41,10 @@ class ModelError(UserInputError):
 
 class RecordsError(UserInputError):
     """A file of evaluation records cannot be used as asked."""
+
+
+class PrefixError(UserInputError):
+    """A prefix is damaged, is not one of this model, or is rounded and cannot be extended."""
 
 
 class StorageError(UserInputError):

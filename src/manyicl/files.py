@@ -13,17 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from manyicl.errors import StorageError
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` raised inside the block into a `StorageError` that names `path`."""
+    """Turn a failure to write inside the block into a `StorageError` that names `path`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # torch.save (2.8 to 2.13) raises a bare RuntimeError of that name for a full disk, and others are not meant.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose a folder that you may write."
+            f"{path}: cannot be written ({reason}). Free some space or choose a folder that you may write."
         ) from error
 
 

@@ -23,22 +23,20 @@ def print_row(row: Row, tokenizer: Decoder, console: Console | None = None) -> N
     console = console or Console()
     for sequence in row.sequences:
         episode = sequence.episode
-        console.print(
+        heading = (
             f"task {episode.task}, {len(episode.examples)} examples, {len(sequence.token_ids)} tokens, "
-            f"{sum(shot >= 0 for shot in sequence.shots)} of them targets",
-            style="bold",
+            f"{sum(shot >= 0 for shot in sequence.shots)} of them targets"
         )
+        console.print(Text(heading, style="bold"))  # As Text throughout: brackets in a task's text are no markup.
         if episode.label_map:
-            console.print("labels remapped: " + ", ".join(f"{old} -> {new}" for old, new in episode.label_map))
+            console.print(Text("labels remapped: " + ", ".join(f"{old} -> {new}" for old, new in episode.label_map)))
         text = Text()
         for segment in sequence.segments:
             text.append(tokenizer.decode(list(sequence.token_ids[segment.start : segment.stop])), style=_STYLES[segment.role])
         console.print(text)
         for left_out in episode.left_out:
-            console.print(
-                f"left out: {left_out.example.source or left_out.example.input[:40]!r}: {left_out.reason}",
-                style="yellow",
-            )
+            where = left_out.example.source or repr(left_out.example.input[:40])
+            console.print(Text(f"left out: {where}: {left_out.reason}", style="yellow"))
 
 
 def row_as_json(row: Row, tokenizer: Decoder) -> str:

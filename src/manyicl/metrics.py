@@ -17,7 +17,8 @@ from scipy import stats
 from manyicl.tasks.task import Metric
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
+# A minus right after a number, a letter or a bracket subtracts; it is no sign.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
 _WORD = re.compile(r"\w+")
 
 
@@ -83,7 +84,7 @@ def _exact_match(prediction: str, gold: str) -> float:
 def _token_f1(prediction: str, gold: str) -> float:
     left, right = _normalise(prediction).split(), _normalise(gold).split()
     if not left or not right:
-        return float(left == right)
+        return _exact_match(prediction, gold)
     shared = sum((Counter(left) & Counter(right)).values())
     return 2 * shared / (len(left) + len(right))
 
@@ -91,7 +92,7 @@ def _token_f1(prediction: str, gold: str) -> float:
 def _rouge_l(prediction: str, gold: str) -> float:
     left, right = _WORD.findall(prediction.lower()), _WORD.findall(gold.lower())
     if not left or not right:
-        return float(left == right)
+        return float(prediction.strip() == gold.strip())
     return 2 * _longest_common_subsequence(left, right) / (len(left) + len(right))
 
 
@@ -107,8 +108,8 @@ def _longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> in
 
 
 def read_number(text: str) -> float | None:
-    """The last number written in a text: signs, thousands commas, decimals and fractions are understood."""
-    found: list[str] = _NUMBER.findall(text)
+    """The last number written in a text: signs, thousands commas, decimals, powers of ten and fractions are understood."""
+    found: list[str] = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     if not found:
         return None
     numerator, _, denominator = found[-1].replace(",", "").partition("/")
@@ -118,5 +119,6 @@ def read_number(text: str) -> float | None:
 
 
 def _numeric_match(prediction: str, gold: str) -> float:
+    """Equality of numbers, but for what rounding leaves: 0.333333 is 1/3, and 1000001 is not 1000000."""
     left, right = read_number(prediction), read_number(gold)
-    return float(left is not None and right is not None and abs(left - right) <= 1e-6 * max(1.0, abs(right)))
+    return float(left is not None and right is not None and abs(left - right) <= max(1e-6, 1e-9 * abs(right)))

@@ -7,6 +7,7 @@ A model is named the same way everywhere: `default`, a local folder, a hub id, a
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from manyicl.config import LoraConfig
 from manyicl.default_model import DEFAULT_NOTE, default_model_folder, gguf_model_folder
@@ -62,13 +64,21 @@ def load_model(name: str | Path = "default", *, dtype: Dtype = "auto", trust_rem
     folder, note = _locate(name)
     if folder is not None and (folder / "adapter_config.json").is_file():
         base = load_model(_read_run_file(folder)["base"], dtype="float32", trust_remote_code=trust_remote_code)
-        adapted = PeftModel.from_pretrained(base.model, str(folder))
-        model = adapted.merge_and_unload().to(target)
+        with _loading(name):
+            adapted = PeftModel.from_pretrained(base.model, str(folder))
+        model = _cast_weights(adapted.merge_and_unload(), target)
         fingerprint = _fingerprint(folder, base.fingerprint)
         return LoadedModel(model.eval(), base.tokenizer, name, base.note, fingerprint)
     source = str(folder) if folder is not None else name
     model, tokenizer = _load_plain(source, target, trust_remote_code)
     return LoadedModel(model.eval(), tokenizer, name, note, _fingerprint(folder, name))
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in `dtype`. Buffers stay fp32: rotary frequencies in bf16 turn far positions into others."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def load_tokenizer(name: str | Path = "default", *, trust_remote_code: bool = False) -> Any:
@@ -127,6 +137,10 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
 
     Files are written to a temporary folder and moved one by one, the file that makes the folder a model last.
 
+    Args:
+        base: Name of the model that was tuned, empty for none; a local folder is kept as an absolute path.
+        note: What every result of the model must say beside it.
+
     Raises:
         ModelError: the model still carries a quantisation entry, whose weights would be read wrongly.
         StorageError: the disk is full or the folder cannot be written.
@@ -134,30 +148,56 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
     config = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model's config still says it is quantised. Load it through load_model, which writes plain weights.")
-    with storage_errors(folder):
+    with storage_errors(folder), bars_on_terminals_only():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            for path in sorted(Path(temporary).iterdir()):
-                if path.name != "README.md":  # PEFT's empty card; ours is written from records.
-                    shutil.move(str(path), folder / path.name)
-    write_json_atomic(folder / RUN_FILE, {"base": base, "note": note})
+            (Path(temporary) / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written from records.
+            write_json_atomic(Path(temporary) / RUN_FILE, {"base": _lasting_name(base), "note": note})
+            for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+                shutil.move(str(path), folder / path.name)
+
+
+def _lasting_name(name: str) -> str:
+    """A model's name that means the same from any working folder."""
+    return str(Path(name).resolve()) if name not in ("", "default") and Path(name).exists() else name
 
 
 def export_model(name: str | Path, output: Path, *, dtype: Dtype = "auto") -> None:
-    """Write a model with its adapter merged as a plain Hugging Face checkpoint."""
+    """Write a model with its adapter merged as a plain Hugging Face checkpoint.
+
+    Raises:
+        ModelError: see `load_model`; or `output` holds something already.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ModelError(f"{output}: is not empty. Give a new folder, so that files of two models do not mix.")
     loaded = load_model(name, dtype=dtype)
-    save_model(loaded.model, loaded.tokenizer, output, base=str(output), note=loaded.note)
+    save_model(loaded.model, loaded.tokenizer, output, base="", note=loaded.note)
 
 
-def push_to_hub(name: str | Path, repo_id: str, **options: Any) -> None:
-    """Upload a run's folder to the Hugging Face Hub; `options` are those of `HfApi.upload_folder`."""
+def push_to_hub(name: str | Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+    """Upload a run's folder, without its checkpoints, to the Hugging Face Hub and return the address of the commit.
+
+    Args:
+        private: Whether a repository that is made by this call is private; None takes the account's default.
+        options: Those of `HfApi.upload_folder`, such as `commit_message` and `revision`.
+
+    Raises:
+        ModelError: the folder holds no model.
+    """
     from huggingface_hub import HfApi
 
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ModelError(f"{name}: no such folder. Give the folder of a finished run, or of an exported model.")
+    _locate(str(name))
+    ignored = options.pop("ignore_patterns", None) or []
+    ignored = ["checkpoints/*", ".saving-*", *([ignored] if isinstance(ignored, str) else ignored)]
     api = HfApi()
-    api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
-    api.upload_folder(repo_id=repo_id, folder_path=str(name), ignore_patterns=["checkpoints/*"], **options)
+    repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored, **options))
 
 
 def _locate(name: str) -> tuple[Path | None, str]:
@@ -172,6 +212,10 @@ def _locate(name: str) -> tuple[Path | None, str]:
     if not path.is_dir():
         return None, ""
     if (path / "adapter_config.json").is_file():
+        if not (path / "adapter_model.safetensors").is_file():
+            raise ModelError(
+                f"{name}: holds an adapter_config.json without adapter_model.safetensors. Give a finished run's folder."
+            )
         return path, ""
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise ModelError(f"{name}: holds no model (config.json and *.safetensors). Give a model's or a finished run's folder.")
@@ -189,7 +233,21 @@ def _read_run_file(folder: Path) -> dict[str, Any]:
 def _load_plain(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _loading(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, report = found
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source}: {len(missing)} weights are not in its files and would be random, {missing[0]} first. "
+            "Give the folder of a whole causal language model."
+        )
     return model, _load_plain_tokenizer(source, trust_remote_code)
 
 
@@ -204,11 +262,25 @@ def _load_plain_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTok
 
 
 @contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Inside the block transformers draws progress bars only on a terminal, as its own switch is process-wide."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+@contextmanager
 def _loading(source: str) -> Iterator[None]:
     """Turn what transformers raises for an unknown or broken model into a ModelError."""
     try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        with bars_on_terminals_only():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"{source}: cannot be loaded as a causal language model: {first_line} "

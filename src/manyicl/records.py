@@ -11,6 +11,7 @@ import gzip
 import logging
 import math
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class QueryScores(BaseModel):
 class EvaluationRecord(BaseModel):
     """The result of one cell."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     method: str = Field(description="How the answer was obtained.")
@@ -80,8 +81,8 @@ def read_records(path: Path) -> list[EvaluationRecord]:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise RecordsError(f"{path}: cannot be read ({error}).") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise RecordsError(f"{path}: cannot be read ({error}). Give a whole .jsonl or .jsonl.gz file of records.") from error
     lines = content.split(b"\n")
     if lines[-1]:
         logger.warning("%s: the last line (%d bytes) is torn; its cell is done again", path, len(lines[-1]))
@@ -102,11 +103,13 @@ class RecordWriter:
         path: A .jsonl file; a torn last line is cut off first. Its finished cells are in `finished`.
 
     Raises:
-        RecordsError: the file holds broken records.
+        RecordsError: the file holds broken records, or is a .gz file.
         StorageError: it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
+        if path.suffix == ".gz":
+            raise RecordsError(f"{path}: records are appended line by line, which a .gz file does not allow. Name a .jsonl file.")
         self.path = path
         self.finished: dict[CellKey, EvaluationRecord] = {}
         with storage_errors(path):
@@ -124,12 +127,19 @@ class RecordWriter:
         """Write one record durably.
 
         Raises:
-            StorageError: it cannot be written; what was half written is passed over by readers.
+            StorageError: it cannot be written; the file is as it was before.
         """
-        with storage_errors(self.path), self.path.open("ab") as stream:
-            stream.write(record.model_dump_json().encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        rest = memoryview(record.model_dump_json().encode() + b"\n")
+        # Unbuffered, as a buffer that could not be written would be written again when the file is closed.
+        with storage_errors(self.path), self.path.open("ab", buffering=0) as stream:
+            whole = stream.tell()
+            try:
+                while rest:
+                    rest = rest[stream.write(rest) :]
+                os.fsync(stream.fileno())
+            except BaseException:
+                os.truncate(self.path, whole)  # A line appended to half of one would break both.
+                raise
         self.finished[record.key] = record
 
     def find(self, key: CellKey, fingerprint: str) -> EvaluationRecord | None:
@@ -141,8 +151,8 @@ class RecordWriter:
         record = self.finished.get(key)
         if record is not None and record.fingerprint != fingerprint:
             raise RecordsError(
-                f"{self.path}: holds {record.task} at {record.shots} shots, seed {record.seed}, of another model, other examples or "
-                "other settings. Choose another output file."
+                f"{self.path}: holds {record.task} at {record.shots} shots, seed {record.seed}, of another model, other examples "
+                "or other settings. Choose another output file."
             )
         return record
 
@@ -216,6 +226,14 @@ def mean_curve(records: Sequence[EvaluationRecord], name: str = "mean over tasks
         seeds = sorted({record.seed for record in members})
         by_seed = [[record.value for record in members if record.seed == seed] for seed in seeds]
         complete = [sum(values) / len(values) for values in by_seed if len(values) == len(tasks)]
-        values = complete or [sum(record.value for record in members) / len(members)]
+        values = complete or [_mean_of_task_means(members)]
         points.append(CurvePoint(method, model, name, shots, *mean_interval(values), min(values), len(values), len(tasks)))
     return sorted(points, key=lambda point: (point.method, point.model, shot_order(point.shots)))
+
+
+def _mean_of_task_means(records: Sequence[EvaluationRecord]) -> float:
+    """The mean over tasks where no seed reaches all of them; a task with more seeds weighs no more."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        values.setdefault(record.task, []).append(record.value)
+    return sum(sum(own) / len(own) for own in values.values()) / len(values)

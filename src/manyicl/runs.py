@@ -11,7 +11,7 @@ import json
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +33,7 @@ from manyicl.packing import Row, RowDataset, build_row
 from manyicl.records import EvaluationRecord, RecordWriter, Shots
 from manyicl.tasks.readers import load_suite, read_examples, read_queries, task_of_examples
 from manyicl.tasks.task import Example, Role, Task, TaskSuite
-from manyicl.training import TrainingResult, train_model
+from manyicl.training import TrainingResult, train_model, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -41,44 +41,44 @@ _NUM_CHECKED_ROWS = 32
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
-    """Train as a recipe says and write the run's folder.
+    """Train as a recipe says and write the run's folder. Started by torchrun, every process calls it; the main one writes.
 
     Args:
         resume: Go on with the run in `recipe.output`; a run that is finished is left as it is.
 
     Raises:
-        RecipeError: the folder holds a run already, or (with `resume`) one of another recipe or of other data.
+        RecipeError: the folder holds a run already, or (with `resume`) one of another recipe, model or data.
         UserInputError: the model, the tasks or the budget are wrong; nothing has been written.
     """
-    output = Path(recipe.output)
+    output, training = Path(recipe.output), recipe.training
+    validate = training.validate_checkpoints
+    arguments = training_arguments(training, output / "checkpoints", seed=recipe.seed, validate=validate)
+    is_main = arguments.process_index == 0
     suite = load_suite(recipe.tasks)
     tasks = _training_tasks(recipe, suite)
-    _check_folder(output, recipe, tasks, resume=resume)
+    facts = _run_facts(recipe, tasks, suite.select("validation") if validate else ())
+    if is_main:
+        _check_folder(output, recipe, facts, resume=resume)
     if (output / "summary.json").is_file():
         logger.info("%s is finished; nothing to do", output)
         return _read_result(output)
-    full = recipe.training.tune == "full"
-    loaded = load_model(recipe.model, dtype="float32" if full else recipe.training.dtype)
+    loaded = load_model(recipe.model, dtype="float32" if training.tune == "full" else training.dtype)
+    facts["model"] = {"name": recipe.model, "note": loaded.note, "fingerprint": loaded.fingerprint}
     _check_positions(recipe, loaded)
     encoder = Encoder(loaded.tokenizer, format=recipe.episodes.format)
-    num_rows = recipe.training.num_steps * recipe.training.rows_per_step
+    num_rows = training.num_steps * training.rows_per_step
     dataset = RowDataset(tasks, config=recipe.episodes, encoder=encoder, seed=recipe.seed, num_rows=num_rows)
     for index in range(min(num_rows, _NUM_CHECKED_ROWS)):  # A budget that does not fit shows before the first update.
         dataset[index]
-    _write_start(output, recipe, tasks, loaded)
-    model = loaded.model if full else add_lora(loaded.model, recipe.training.lora, seed=recipe.seed)
-    result = train_model(
-        model,
-        dataset,
-        training=recipe.training,
-        objective=recipe.objective,
-        output=output,
-        validation=_validation_rows(recipe, suite, encoder),
-        resume=resume,
-    )
-    save_model(model, loaded.tokenizer, output, base=recipe.model, note=loaded.note)
-    rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
-    write_json_atomic(output / "summary.json", asdict(result) | rates | {"note": loaded.note})
+    validation = _validation_rows(recipe, suite, encoder)
+    model = loaded.model if training.tune == "full" else add_lora(loaded.model, training.lora, seed=recipe.seed)
+    if is_main:
+        _write_start(output, recipe, facts)
+    result = train_model(model, dataset, arguments=arguments, objective=recipe.objective, validation=validation, resume=resume)
+    if is_main:
+        save_model(model, loaded.tokenizer, output, base=recipe.model, note=loaded.note)
+        rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
+        write_json_atomic(output / "summary.json", asdict(result) | rates | {"note": loaded.note})
     return result
 
 
@@ -130,7 +130,21 @@ def _check_positions(recipe: Recipe, loaded: LoadedModel) -> None:
         )
 
 
-def _check_folder(output: Path, recipe: Recipe, tasks: tuple[Task, ...], *, resume: bool) -> None:
+def _run_facts(recipe: Recipe, tasks: Sequence[Task], validation: Sequence[Task]) -> dict[str, Any]:
+    """What a run's results depend on beside its recipe, as run.json holds it; the model is added when it is loaded."""
+    return {
+        "versions": library_versions(),
+        "threads": torch.get_num_threads(),
+        "data": {task.name: task.fingerprint() for task in (*tasks, *validation)},
+    }
+
+
+def _check_folder(output: Path, recipe: Recipe, facts: dict[str, Any], *, resume: bool) -> None:
+    """Whether a run may be started, or gone on with, in `output`.
+
+    Raises:
+        RecipeError: see `train`.
+    """
     started = (output / "recipe.yaml").is_file()
     if not started:
         if list_checkpoints(output / "checkpoints"):
@@ -145,12 +159,22 @@ def _check_folder(output: Path, recipe: Recipe, tasks: tuple[Task, ...], *, resu
         raise RecipeError(
             f"{output}: was started with another recipe ({'; '.join(differing)}). Use that recipe, or another output."
         )
-    hashes = json.loads((output / "run.json").read_text(encoding="utf-8"))["data"]
-    changed = [task.name for task in tasks if hashes.get(task.name) != task.fingerprint()]
+    known = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    changed = sorted(name for name, hash in facts["data"].items() if known["data"].get(name) != hash)
     if changed:
         raise RecipeError(
             f"{output}: the examples of {', '.join(changed)} have changed since the run was started. Choose another output."
         )
+    for name in ("versions", "threads"):
+        if known[name] != facts[name]:
+            logger.warning(
+                "%s was started with %s %s and goes on with %s: its weights will differ in the last digits from those of an "
+                "uninterrupted run",
+                output,
+                name,
+                known[name],
+                facts[name],
+            )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
@@ -165,15 +189,18 @@ def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -
     return sorted(found)
 
 
-def _write_start(output: Path, recipe: Recipe, tasks: tuple[Task, ...], loaded: LoadedModel) -> None:
+def _write_start(output: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
+    """Write run.json and recipe.yaml; on resuming, look whether the model is still the one that was started with.
+
+    Raises:
+        RecipeError: it is not.
+        StorageError: the folder cannot be written.
+    """
     if (output / "recipe.yaml").is_file():
+        known = json.loads((output / "run.json").read_text(encoding="utf-8"))["model"]["fingerprint"]
+        if known != facts["model"]["fingerprint"]:
+            raise RecipeError(f"{output}: the files of model {recipe.model} have changed since the run was started. Train again.")
         return
-    facts = {
-        "versions": library_versions(),
-        "model": {"name": recipe.model, "note": loaded.note, "fingerprint": loaded.fingerprint},
-        "threads": torch.get_num_threads(),
-        "data": {task.name: task.fingerprint() for task in tasks},
-    }
     write_json_atomic(output / "run.json", facts)
     write_text_atomic(output / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
@@ -208,12 +235,14 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
     """
     suite = load_suite(request.tasks)
     tasks = _chosen_tasks(suite, request)
-    writer = RecordWriter(output)
+    chosen_format = _format(request.format)
+    writer: RecordWriter | None = None
     records: list[EvaluationRecord] = []
-    for name in request.models:
+    for name in dict.fromkeys(request.models):
         loaded = load_model(name)
-        encoder = Encoder(loaded.tokenizer, format=_format(request.format))
+        encoder = Encoder(loaded.tokenizer, format=chosen_format)
         method = InContext(NativeEngine(loaded, encoder, context_tokens=request.context_tokens))
+        writer = writer or RecordWriter(output)  # Only now, so that a wrong model leaves no file behind.
         plan = Plan(
             shots=request.shots,
             num_seeds=request.num_seeds,
@@ -232,12 +261,15 @@ def predict(
 ) -> tuple[list[Answer], int]:
     """Answers to queries from labelled examples, and how many of the examples fitted the context.
 
-    Answers that recur among the examples are taken as a label set and scored exactly; otherwise free text is generated.
+    Answers that recur among the examples are taken as a label set and scored exactly; otherwise free text is generated. The
+    examples' own options are not looked at, since queries have none.
 
     Raises:
         UserInputError: the examples, a query or the model are wrong.
     """
-    task = task_of_examples(demonstrations, name="task")
+    task = task_of_examples([replace(example, options=()) for example in demonstrations], name="task")
+    if not queries:
+        return [], 0
     loaded = load_model(model) if isinstance(model, str) else model
     method = InContext(NativeEngine(loaded, Encoder(loaded.tokenizer)))
     asked = tuple(Example(text, "") for text in queries)
@@ -270,10 +302,15 @@ def predict_file(model: str, demonstrations: Path, queries: Path, output: Path, 
 def measure_corpora(
     models: Sequence[str], texts: Sequence[Path], output: Path, *, max_bytes: int, window_tokens: int
 ) -> list[dict[str, Any]]:
-    """Bits per byte of each text under each model, also written to `output` as JSON."""
-    corpora = {path.name: read_corpus(path, max_bytes=max_bytes) for path in texts}
+    """Bits per byte of each text under each model, also written to `output` as JSON.
+
+    Raises:
+        UserInputError: a text or a model cannot be read, or the window is wider than the model's positions.
+    """
+    names = [path.name for path in texts]
+    corpora = {path.name if names.count(path.name) == 1 else str(path): read_corpus(path, max_bytes=max_bytes) for path in texts}
     rows = []
-    for name in models:
+    for name in dict.fromkeys(models):
         loaded = load_model(name)
         for corpus, text in corpora.items():
             loss = corpus_loss(loaded, text, window_tokens=window_tokens)

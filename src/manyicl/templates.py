@@ -19,7 +19,7 @@ class Layout:
 
     Attributes:
         opening: Stands once before everything, when there is no instruction.
-        before_instruction: Stands before an instruction, in place of `opening`.
+        before_instruction: Stands before an instruction, in place of `opening`; None where instructions have no place.
         after_instruction: Stands between an instruction and the first input.
         before_input: Stands before each input.
         after_input: Stands between an input and its answer.
@@ -29,7 +29,7 @@ class Layout:
     """
 
     opening: str
-    before_instruction: str
+    before_instruction: str | None
     after_instruction: str
     before_input: str
     after_input: str

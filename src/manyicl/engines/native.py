@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manyicl.encoding import Encoder
+from manyicl.errors import BudgetError
 from manyicl.modeling import LoadedModel
 from manyicl.prefix import Prefix, prefill
 from manyicl.scoring import generate_answers, score_labels
@@ -22,12 +23,20 @@ class NativeEngine:
         loaded: The model and its tokenizer.
         encoder: Turns text into the tokens that the model was tuned on.
         context_tokens: Tokens that demonstrations, query and answer may have together; None takes the model's positions.
+
+    Raises:
+        BudgetError: the context is wider than the model's positions.
     """
 
     def __init__(self, loaded: LoadedModel, encoder: Encoder, *, context_tokens: int | None = None) -> None:
         self.loaded = loaded
         self.encoder = encoder
-        self.context_tokens = min(context_tokens or loaded.context_tokens, loaded.context_tokens)
+        self.context_tokens = loaded.context_tokens if context_tokens is None else context_tokens
+        if not 0 < self.context_tokens <= loaded.context_tokens:
+            raise BudgetError(
+                f"a context of {self.context_tokens} tokens was asked of {loaded.name}, which has {loaded.context_tokens} "
+                "positions. Give a number from 1 to that."
+            )
 
     def prefill(self, demonstrations: Sequence[Example], *, instruction: str = "") -> Prefix:
         """Prefill ordered demonstrations once.

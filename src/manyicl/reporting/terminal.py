@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from manyicl.records import CurvePoint, EvaluationRecord, Shots, mean_curve, shot_order, task_curves
 
@@ -16,16 +17,17 @@ def curve_rows(records: Sequence[EvaluationRecord]) -> tuple[list[str], list[lis
     a mean says how many tasks reach it.
     """
     tasks = {record.task: record for record in records}
+    several_methods = len({record.method for record in records}) > 1
     points = task_curves(records) + mean_curve(records)
     shots = sorted({point.shots for point in points}, key=shot_order)
-    lines: dict[tuple[str, str], dict[Shots, CurvePoint]] = {}
+    lines: dict[tuple[str, str, str], dict[Shots, CurvePoint]] = {}
     for point in points:
-        lines.setdefault((point.task, point.model), {})[point.shots] = point
+        lines.setdefault((point.task, point.method, point.model), {})[point.shots] = point
     rows = []
-    for (task, model), line in lines.items():
+    for (task, method, model), line in lines.items():
         metric = tasks[task].metric if task in tasks else ""
         cells = [_cell(line.get(count), num_tasks=len(tasks) if task not in tasks else 1) for count in shots]
-        rows.append([task, metric, model, *cells])
+        rows.append([task, metric, f"{method}, {model}" if several_methods else model, *cells])
     return ["task", "metric", "model", *(f"{count} shots" if count != "max" else "max" for count in shots)], rows
 
 
@@ -39,27 +41,34 @@ def _cell(point: CurvePoint | None, *, num_tasks: int) -> str:
 
 
 def print_curves(records: Sequence[EvaluationRecord], console: Console | None = None) -> None:
-    """Print the shot-curve table; values are means over seeds with the half-width of their 95% interval."""
+    """Print the shot-curve table; values are means over seeds with the half-width of their 95% interval.
+
+    Nothing is cut off: where the terminal is narrow, cells are folded.
+    """
     console = console or Console()
     header, rows = curve_rows(records)
-    table = Table(caption=caption(records), caption_justify="left")
+    table = Table()
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place < 3 else "right")
+        table.add_column(Text(name), justify="left" if place < 3 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*map(Text, row))
+    if rows:
+        console.print(table)
+    console.print(Text(caption(records)))
 
 
 def markdown_curves(records: Sequence[EvaluationRecord]) -> str:
     """The shot-curve table as Markdown."""
     header, rows = curve_rows(records)
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * 3}{'---:|' * (len(header) - 3)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, "", caption(records)])
 
 
 def caption(records: Sequence[EvaluationRecord]) -> str:
     """What a reader must know beside the table."""
+    if not records:
+        return "No records: none of the numbers of shots asked for fits."
     seeds = len({record.seed for record in records})
     queries = sorted({record.num_queries for record in records})
     notes = sorted({f"{record.model}: {record.model_note}" for record in records if record.model_note})

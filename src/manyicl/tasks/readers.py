@@ -5,74 +5,52 @@
       train.jsonl (or .csv, .parquet)      my_task/  other_task/ …
       test.jsonl  (may be absent)
 
-Without a task.yaml the fields are inferred from their names, and the guess is logged.
+Without a task.yaml the fields are inferred from their names, and the guess is logged. The first wrong row is an error; who
+wants them all hands in a list of problems (see `tables`), and gets the task without those rows.
 """
 
+import difflib
 import json
 import logging
-import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from manyicl.config import explain_validation
+from manyicl.config import YAML_ERRORS
 from manyicl.errors import TaskError
-from manyicl.tasks.tables import TableRow, find_table, read_table, read_utf8
-from manyicl.tasks.task import Example, Family, Metric, Task, TaskSuite
+from manyicl.tasks.descriptions import (
+    GROUP_FIELDS,
+    HubSource,
+    TaskFile,
+    describe_guess,
+    fill_template,
+    infer_task_file,
+    input_template,
+    looks_like_labels,
+    read_task_file,
+    split_template,
+)
+from manyicl.tasks.tables import (
+    RowError,
+    TableRow,
+    field_text,
+    field_texts,
+    find_mixed_types,
+    find_table,
+    raise_or_add,
+    read_table,
+    read_utf8,
+)
+from manyicl.tasks.task import Example, Metric, Role, Task, TaskSuite
 
 logger = logging.getLogger(__name__)
 
-_METRIC_NAMES: dict[str, Metric] = {
-    "accuracy": "accuracy",
-    "macro-F1": "macro_f1",
-    "exact match + F1 (best over answers)": "token_f1",
-    "ROUGE-L": "rouge_l",
-    "ROUGE-L (best over references)": "rouge_l",
-    "numeric exact match": "numeric_match",
-}
-_INPUT_FIELDS = (("premise", "hypothesis"), ("passage", "question"), ("question", "choices"), ("question",), ("input",))
-_DOCUMENT_FIELDS = (("dialogue",), ("document",), ("text",), ("sentence",), ("prompt",))
-_ANSWER_FIELDS = ("label", "answer", "summary", "output", "completion", "target")
-_ACCEPTED_FIELDS = ("answers", "references")
-_MAX_INFERRED_LABELS = 20
 
-
-class HubSource(BaseModel):
-    """A data set of the `datasets` hub."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str = Field(description="Hub id.")
-    name: str | None = Field(None, description="Configuration of the data set.")
-    revision: str | None = Field(None, description="Commit or tag; fixes what is read.")
-    train_split: str = Field("train", description="Split that demonstrations and training come from.")
-    test_split: str = Field("test", description="Split that queries come from.")
-
-
-class TaskFile(BaseModel):
-    """What a task.yaml holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str | None = Field(None, description="Name of the task; None takes the folder's.")
-    family: Family = Field("classification", description="Family that results are averaged in.")
-    metric: Metric = Field("accuracy", description="How an answer is judged.")
-    instruction: str = Field("", description="Sentence placed once before the demonstrations.")
-    input: str = Field(description="Template of the input, with {field} places.")
-    answer: str = Field(description="Field that holds the answer.")
-    labels: list[str] | dict[str, str] | None = Field(None, description="Label words, or raw values and their label words.")
-    options: str | None = Field(None, description="Field that holds this example's choices, as a list.")
-    accepted: str | None = Field(None, description="Field that holds all accepted answers, as a list.")
-    group: str | None = Field(None, description="Field that train and test must not share, such as a passage.")
-    max_answer_tokens: int | None = Field(None, ge=1, description="Tokens in a generated answer, at most.")
-    hub: HubSource | None = Field(None, description="Data set of the hub, in place of files.")
-
-
-def load_task(path: Path | str, *, name: str | None = None) -> Task:
+def load_task(path: Path | str, *, name: str | None = None, problems: list[RowError] | None = None) -> Task:
     """The task in a folder, or in one JSONL file of MetaICL's or of chat messages.
 
     Raises:
@@ -80,23 +58,23 @@ def load_task(path: Path | str, *, name: str | None = None) -> Task:
     """
     path = Path(path)
     if path.is_file():
-        return task_of_examples(read_examples(path), name=name or path.stem)
+        return task_of_examples(read_examples(path, problems=problems), name=name or path.stem)
     if not path.is_dir():
         raise TaskError(f"{path}: no such folder. Give a task's folder, with train.jsonl and, better, task.yaml.")
-    description_file = path / "task.yaml"
-    if description_file.is_file():
-        description = read_task_file(description_file)
-        tables = _read_hub(description.hub, path) if description.hub else _read_files(path)
-    else:
-        tables = _read_files(path)
-        description = infer_task_file(path, tables["train"], tables["test"])
-        logger.info("%s: no task.yaml; %s", path, describe_guess(description))
-    splits = {split: tuple(make_example(row, description) for row in tables.get(split, [])) for split in ("train", "test")}
-    return _finish_task(name or description.name or path.name, description, splits["train"], splits["test"], str(path))
+    given = read_task_file(path / "task.yaml") if (path / "task.yaml").is_file() else None
+    tables = _read_hub(given.hub, path) if given and given.hub else _read_files(path, problems)
+    description = given or _infer(path, tables["train"], tables["test"])
+    if problems is not None:
+        problems += find_mixed_types([row for rows in tables.values() for row in rows])
+    train, test = (_make_examples(tables[split], description, problems) for split in ("train", "test"))
+    name = name or (description and description.name) or path.resolve().name
+    if description is None:
+        return task_of_examples(train, name=name, test=test, problems=problems)
+    return _finish_task(name, description, train, test, where=str(path), problems=problems)
 
 
-def load_suite(path: Path | str) -> TaskSuite:
-    """A suite: `builtin`, or a folder of task folders with roles in suite.yaml or SPLIT.json.
+def load_suite(path: Path | str, *, problems: list[RowError] | None = None) -> TaskSuite:
+    """A suite: `builtin`, or a folder of task folders with roles in suite.yaml or SPLIT.json; a single task is held out.
 
     Raises:
         TaskError: a task or a role is wrong.
@@ -106,150 +84,106 @@ def load_suite(path: Path | str) -> TaskSuite:
 
         return load_builtin_suite()
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.exists():
         raise TaskError(f"{folder}: no such folder. Give `builtin` or the folder of a suite.")
-    if (folder / "task.yaml").is_file() or find_table(folder, "train"):
-        task = load_task(folder)
+    if folder.is_file() or (folder / "task.yaml").is_file() or find_table(folder, "train"):
+        task = load_task(folder, problems=problems)
         return TaskSuite(task.name, {task.name: task}, held_out=(task.name,))
     roles = _read_roles(folder)
-    names = [name for role in roles.values() for name in role]
-    if not names:
-        names = sorted(child.name for child in folder.iterdir() if (child / "task.yaml").is_file() or find_table(child, "train"))
-    if not names:
-        raise TaskError(f"{folder}: holds no task. Each task is a sub-folder with train.jsonl (or .csv, .parquet).")
-    tasks = {name: load_task(folder / name) for name in dict.fromkeys(names)}
-    return TaskSuite(folder.name, tasks, **roles)
-
-
-def read_task_file(path: Path) -> TaskFile:
-    """The contents of a task.yaml.
-
-    Raises:
-        TaskError: no valid YAML, an unknown key (the nearest is named), or a value of the wrong kind.
-    """
-    try:
-        content = yaml.safe_load(read_utf8(path))
-    except yaml.YAMLError as error:
-        raise TaskError(f"{path}: no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise TaskError(f"{path}: holds a {type(content).__name__}; a task is a mapping of keys to values.")
-    try:
-        return TaskFile.model_validate(content)
-    except ValidationError as error:
-        raise TaskError(explain_validation(error, TaskFile, where=str(path))) from error
-
-
-def infer_task_file(folder: Path, rows: Sequence[TableRow], test_rows: Sequence[TableRow] = ()) -> TaskFile:
-    """A guess of what a folder's fields mean, from their names and, where there is one, the MANIFEST.json beside it.
-
-    Raises:
-        TaskError: no known pair of input and answer fields.
-    """
-    fields = rows[0].fields
-    all_fields = fields.keys() | (test_rows[0].fields.keys() if test_rows else set())
-    inputs = next((names for names in _INPUT_FIELDS + _DOCUMENT_FIELDS if all(name in fields for name in names)), None)
-    answer = next((name for name in _ANSWER_FIELDS if name in fields), None)
-    if inputs is None or answer is None:
-        raise TaskError(
-            f"{rows[0].source}: cannot tell input and answer among the fields {', '.join(fields)}. Write a task.yaml with "
-            "`input` (a template) and `answer` (a field)."
+    folders = [name for names in roles.values() for name in names]
+    if not folders:
+        folders = sorted(
+            child.name for child in folder.iterdir() if (child / "task.yaml").is_file() or find_table(child, "train")
         )
-    manifest = _read_manifest(folder)
-    options = "choices" if "choices" in fields else None
-    labels = manifest.get("labels")
-    metric = _METRIC_NAMES.get(manifest.get("metric", ""), "accuracy")
-    answers = Counter(str(row.fields.get(answer)) for row in rows)
-    if not labels and not options and metric in ("accuracy", "macro_f1") and _looks_like_labels(answers):
-        labels = sorted(answers)
-    template = f"{{{inputs[0]}}}" if len(inputs) == 1 else "\n".join(f"{name.capitalize()}: {{{name}}}" for name in inputs)
-    return TaskFile(
-        name=folder.name,
-        family=manifest.get("family", "classification"),
-        metric=metric if manifest or labels or options else "token_f1",
-        input=template,
-        answer=answer,
-        labels=labels,
-        options=options,
-        accepted=next((name for name in _ACCEPTED_FIELDS if name in all_fields), None),
-        group=next((name for name in ("premise", "passage") if name in inputs), None),
-    )
+    if not folders:
+        raise TaskError(f"{folder}: holds no task. Each task is a sub-folder with train.jsonl (or .csv, .parquet).")
+    loaded = {name: load_task(folder / name, problems=problems) for name in dict.fromkeys(folders)}
+    tasks: dict[str, Task] = {}
+    for name, task in loaded.items():
+        if task.name in tasks:
+            raise TaskError(
+                f"{folder / name}: another task of the suite is named {task.name!r} too. Change `name` in a task.yaml."
+            )
+        tasks[task.name] = task
+    named = {role: tuple(loaded[name].name for name in names) for role, names in roles.items()}
+    return TaskSuite(folder.resolve().name, tasks, **named)
 
 
-def describe_guess(description: TaskFile) -> str:
-    """A sentence on how a folder without a task.yaml was read."""
-    kind = f"{len(description.labels)} labels" if description.labels else "options" if description.options else "free text"
-    return (
-        f"read as family {description.family}, input {description.input!r}, answer {description.answer!r} ({kind}), "
-        f"metric {description.metric}"
-    )
+def _infer(folder: Path, rows: Sequence[TableRow], test_rows: Sequence[TableRow] = ()) -> TaskFile | None:
+    """A logged guess of what the fields mean; None for chat messages.
+
+    Raises:
+        TaskError: see `infer_task_file`; or no row could be read.
+    """
+    if not rows:
+        raise TaskError(f"{folder}: no row of its examples could be read. Mend the file.")
+    if "messages" in rows[0].fields:
+        logger.info("%s: read as chat messages, each assistant message whose loss is not 0 as an answer", folder)
+        return None
+    description = infer_task_file(folder, rows, test_rows)
+    logger.info("%s: no task.yaml; %s", folder, describe_guess(description))
+    return description
 
 
-def _looks_like_labels(answers: Mapping[str, int]) -> bool:
-    """Whether few distinct answers recur, as labels do."""
-    return len(answers) <= _MAX_INFERRED_LABELS and min(answers.values()) > 1
+def _make_examples(
+    rows: Sequence[TableRow], description: TaskFile | None, problems: list[RowError] | None
+) -> tuple[Example, ...]:
+    """The examples of rows; without a description the rows are chats."""
+    examples: list[Example] = []
+    for row in rows:
+        try:
+            examples += _chat_examples(row) if description is None else [make_example(row, description)]
+        except RowError as error:
+            raise_or_add(error, problems)
+    return tuple(examples)
 
 
 def make_example(row: TableRow, description: TaskFile) -> Example:
     """The example that a row holds.
 
     Raises:
-        TaskError: a field is missing or empty; file, line and the fields present are named.
+        RowError: a field is missing, empty or of no use; file, line and the fields present are named.
     """
-    template_fields = [name for _, name, _, _ in string.Formatter().parse(description.input) if name is not None]
-    values = {name: _text(_field(row, name)) for name in template_fields}
-    raw = _text(_field(row, description.answer))
-    if not raw:
-        raise TaskError(f"{row.source}: the answer field {description.answer!r} is empty. Fill it in or remove the row.")
-    accepted = _field(row, description.accepted) if description.accepted and description.accepted in row.fields else ()
-    options = _field(row, description.options) if description.options else ()
-    answer = raw
+    answer = field_text(row, description.answer)
+    if not answer:
+        problem = f"the answer field {description.answer!r} is empty. Fill it in or remove the row."
+        raise RowError(row.source, "empty answer", problem)
     if isinstance(description.labels, dict):
-        answer = _label_word(row, raw, description.labels)
-    elif description.labels and raw not in description.labels:
-        raise TaskError(
-            f"{row.source}: label {raw!r} is not among the {len(description.labels)} labels "
-            f"({', '.join(description.labels[:10])}{', …' if len(description.labels) > 10 else ''}). Correct it or list it."
-        )
-    choices = tuple(_text(option) for option in options)
-    if choices and answer not in choices:
-        raise TaskError(f"{row.source}: answer {answer!r} is not among its options {list(choices)}. Correct the row.")
+        if answer not in description.labels:
+            problem = f"raw label {answer!r} is not mapped to a word (mapped: {_few(description.labels)}). Add it to `labels`."
+            raise RowError(row.source, "unknown label", problem)
+        answer = description.labels[answer]
+    elif description.labels and answer not in description.labels:
+        problem = f"label {answer!r} is not among the {len(description.labels)} labels ({_few(description.labels)})."
+        raise RowError(row.source, "unknown label", f"{problem} Correct it or list it.")
+    options = field_texts(row, description.options) if description.options else ()
+    if description.options and answer not in options:
+        problem = f"answer {answer!r} is not among its options {list(options)}. Correct the row."
+        raise RowError(row.source, "unknown label", problem)
+    accepted = field_texts(row, description.accepted) if description.accepted and description.accepted in row.fields else ()
+    names = [name for _, name in split_template(description.input)]
+    group = description.group or next((name for name in GROUP_FIELDS if name in names), None)
     return Example(
-        input=description.input.format(**values),
+        input=fill_template(description.input, row),
         answer=answer,
-        accepted=tuple(text for text in map(_text, accepted) if text != answer),
-        options=choices,
-        group=_text(_field(row, description.group)) if description.group else "",
+        accepted=tuple(text for text in accepted if text != answer),
+        options=options,
+        group=field_text(row, group) if group else "",
         source=row.source,
     )
 
 
-def _label_word(row: TableRow, raw: str, labels: Mapping[str, str]) -> str:
-    if raw not in labels:
-        raise TaskError(
-            f"{row.source}: raw label {raw!r} is not mapped to a word (mapped: {', '.join(labels)}). Add it to `labels`."
-        )
-    return labels[raw]
+def _few(names: Sequence[str] | Mapping[str, str]) -> str:
+    """The first ten of some names."""
+    return ", ".join(list(names)[:10]) + (", …" if len(names) > 10 else "")
 
 
-def _field(row: TableRow, name: str) -> Any:
-    if name not in row.fields or row.fields[name] is None:
-        raise TaskError(
-            f"{row.source}: field {name!r} is missing (there: {', '.join(row.fields)}). Correct the row or the task.yaml."
-        )
-    return row.fields[name]
-
-
-def _text(value: Any) -> str:
-    """A field as text: lists joined by "; ", numbers written out, ends stripped."""
-    return "; ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value).strip()
-
-
-def _read_files(folder: Path) -> dict[str, list[TableRow]]:
+def _read_files(folder: Path, problems: list[RowError] | None) -> dict[str, list[TableRow]]:
     train = find_table(folder, "train")
     if train is None:
         raise TaskError(f"{folder}: has no train.jsonl, train.csv or train.parquet. Put the labelled examples there.")
     test = find_table(folder, "test")
-    return {"train": read_table(train), "test": read_table(test) if test else []}
+    return {"train": read_table(train, problems=problems), "test": read_table(test, problems=problems) if test else []}
 
 
 def _read_hub(hub: HubSource, folder: Path) -> dict[str, list[TableRow]]:
@@ -265,20 +199,30 @@ def _read_hub(hub: HubSource, folder: Path) -> dict[str, list[TableRow]]:
     return tables
 
 
-def _finish_task(name: str, description: TaskFile, train: tuple[Example, ...], test: tuple[Example, ...], where: str) -> Task:
+def _finish_task(
+    name: str,
+    description: TaskFile,
+    train: tuple[Example, ...],
+    test: tuple[Example, ...],
+    *,
+    where: str,
+    problems: list[RowError] | None,
+) -> Task:
     """A task whose label set is complete and whose test labels were all seen in train."""
     if len(train) < 2:
-        raise TaskError(f"{where}: {len(train)} train example(s); a task needs at least 2. Add labelled examples.")
-    labels: tuple[str, ...] = ()
-    if description.labels:
-        words = description.labels.values() if isinstance(description.labels, dict) else description.labels
-        labels = tuple(dict.fromkeys(words))
-        seen = {example.answer for example in train}
-        for example in test:
-            if example.answer not in seen:
-                raise TaskError(
-                    f"{example.source}: test label {example.answer!r} never occurs in train. Add an example of it, or drop the row."
-                )
+        problem = f"{len(train)} train example(s); a task needs at least 2. Add labelled examples."
+        raise_or_add(RowError(where, "few examples", problem), problems)
+    words = description.labels.values() if isinstance(description.labels, dict) else description.labels or ()
+    labels = tuple(dict.fromkeys(words))
+    shared = {example.options for example in train + test}
+    if not labels and len(shared) == 1:  # The same options everywhere are a label set.
+        labels = shared.pop()
+        train, test = (tuple(replace(example, options=()) for example in split) for split in (train, test))
+    seen = {example.answer for example in train}
+    for example in test:
+        if labels and example.answer not in seen:
+            problem = f"test label {example.answer!r} never occurs in train. Add an example of it, or drop the row."
+            raise_or_add(RowError(example.source, "unseen label", problem), problems)
     return Task(
         name=name,
         family=description.family,
@@ -292,42 +236,48 @@ def _finish_task(name: str, description: TaskFile, train: tuple[Example, ...], t
 
 
 def _read_roles(folder: Path) -> dict[str, tuple[str, ...]]:
-    """The roles in suite.yaml or SPLIT.json; empty where there is neither."""
-    if (folder / "suite.yaml").is_file():
-        content = yaml.safe_load(read_utf8(folder / "suite.yaml"))
-        keys = {"meta_training": "meta_training", "validation": "validation", "held_out": "held_out"}
-    elif (folder / "SPLIT.json").is_file():
-        content = json.loads(read_utf8(folder / "SPLIT.json"))
-        keys = {"meta_training": "meta_training", "validation": "validation_tasks", "held_out": "held_out"}
-    else:
+    """The roles in suite.yaml or SPLIT.json, as names of folders; empty where there is neither."""
+    path = next((folder / name for name in ("suite.yaml", "SPLIT.json") if (folder / name).is_file()), None)
+    if path is None:
         return {}
-    return {role: tuple(content.get(key) or ()) for role, key in keys.items()}
+    try:
+        text = read_utf8(path)
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except YAML_ERRORS as error:
+        raise TaskError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise TaskError(f"{path}: holds a {type(content).__name__}; it maps roles to lists of tasks.")
+    keys = {role: role for role in get_args(Role)} | ({"validation": "validation_tasks"} if path.suffix == ".json" else {})
+    for key in content if path.suffix == ".yaml" else ():
+        if key not in keys:
+            nearest = difflib.get_close_matches(str(key), keys, n=1, cutoff=0.0)[0]
+            raise TaskError(f"{path}: unknown key {key!r}; the nearest valid one is {nearest!r} (valid here: {', '.join(keys)}).")
+    roles = {}
+    for role, key in keys.items():
+        names = content.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TaskError(f"{path}: {key} holds {names!r}; it lists names of tasks' folders.")
+        roles[role] = tuple(names)
+    return roles
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What a MANIFEST.json beside the folder says of the task; empty where there is none."""
-    path = folder.parent / "MANIFEST.json"
-    if not path.is_file():
-        return {}
-    entries = [entry for entry in json.loads(read_utf8(path)) if entry.get("name") == folder.name]
-    return dict(entries[0]) if entries else {}
-
-
-def task_of_examples(examples: Sequence[Example], *, name: str) -> Task:
-    """A task without a test split from labelled examples; answers that recur are its label set.
+def task_of_examples(
+    examples: Sequence[Example], *, name: str, test: Sequence[Example] = (), problems: list[RowError] | None = None
+) -> Task:
+    """A task from labelled examples; answers that recur are its label set.
 
     Raises:
-        TaskError: there are fewer than two examples.
+        TaskError: there are fewer than two examples, or a test label never occurs among them.
     """
     answers = Counter(example.answer for example in examples)
-    is_choice = bool(examples) and bool(examples[0].options)
-    labels = sorted(answers) if examples and not is_choice and _looks_like_labels(answers) else None
+    is_choice = any(example.options for example in examples)
+    labels = sorted(answers) if not is_choice and looks_like_labels(answers) else None
     metric: Metric = "accuracy" if labels or is_choice else "token_f1"
     description = TaskFile(input="{input}", answer="answer", labels=labels, metric=metric)
-    return _finish_task(name, description, tuple(examples), (), name)
+    return _finish_task(name, description, tuple(examples), tuple(test), where=name, problems=problems)
 
 
-def read_examples(path: Path | str) -> tuple[Example, ...]:
+def read_examples(path: Path | str, *, problems: list[RowError] | None = None) -> tuple[Example, ...]:
     """Labelled examples in one file: chat messages, MetaICL's rows, or a table with input and answer columns.
 
     A chat row is {"messages": [{"role", "content", "loss"?}, …]}: each assistant message whose `loss` is not 0 is an answer, and
@@ -337,52 +287,69 @@ def read_examples(path: Path | str) -> tuple[Example, ...]:
         TaskError: a row is of no known shape; file, line and fields are named.
     """
     path = Path(path)
-    rows = read_table(path)
-    if "messages" in rows[0].fields:
-        examples = tuple(example for row in rows for example in _chat_examples(row))
-    elif {"input", "output"} <= rows[0].fields.keys():
-        description = TaskFile(input="{input}", answer="output", options="options" if rows[0].fields.get("options") else None)
-        examples = tuple(make_example(row, description) for row in rows)
-    else:
-        description = infer_task_file(path.parent / path.stem, rows).model_copy(update={"labels": None})
-        examples = tuple(make_example(row, description) for row in rows)
-    if not examples:
+    rows = read_table(path, problems=problems)
+    description = _infer(path.with_suffix(""), rows)
+    if description is not None:
+        description = description.model_copy(update={"labels": None})
+    examples = _make_examples(rows, description, problems)
+    if not examples and not problems:
         raise TaskError(f"{path}: {len(rows)} row(s) hold no answer to learn from. Give assistant messages whose loss is not 0.")
     return examples
+
+
+def _chat_messages(row: TableRow) -> list[dict[str, Any]]:
+    """The messages of a chat row, each with a role, a stripped text and a flag."""
+    messages = row.fields.get("messages")
+    if not isinstance(messages, list):
+        problem = f"`messages` holds a {type(messages).__name__}, not a list. Give a list of messages."
+        raise RowError(row.source, "broken chat", problem)
+    checked = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or not isinstance(message.get("content"), str):
+            raise RowError(row.source, "broken chat", f"message {number} needs a `role` and a text `content`.")
+        if message.get("loss", 1) not in (0, 1):
+            raise RowError(row.source, "broken chat", f"message {number} has loss {message['loss']!r}. Write 0 or 1.")
+        checked.append(message | {"content": message["content"].strip()})
+    return checked
 
 
 def _chat_examples(row: TableRow) -> list[Example]:
     examples: list[Example] = []
     pending: list[str] = []
-    messages = row.fields["messages"]
-    if not isinstance(messages, list):
-        raise TaskError(f"{row.source}: `messages` holds a {type(messages).__name__}, not a list.")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or not isinstance(message.get("content"), str):
-            raise TaskError(f"{row.source}: message {number} needs a `role` and a text `content`.")
-        content = message["content"].strip()
-        if message["role"] != "assistant":
+    for number, message in enumerate(_chat_messages(row)):
+        content = message["content"]
+        if message["role"] != "assistant" or not message.get("loss", 1):
             pending.append(content)
-        elif message.get("loss", 1):
-            if not content or not pending:
-                raise TaskError(f"{row.source}: message {number} is an answer without text or without an input before it.")
+        elif not content or not pending:
+            problem = f"message {number} is an answer without text or without an input before it."
+            raise RowError(row.source, "empty answer", f"{problem} Fill it in, or set its loss to 0.")
+        else:
             examples.append(Example("\n".join(pending), content, source=row.source))
             pending = []
-        else:
-            pending.append(content)
     return examples
 
 
 def read_queries(path: Path | str) -> list[str]:
-    """The inputs of a file whose answers are wanted; answer columns, if any, are not read.
+    """The inputs of a file whose answers are wanted; answer columns, if any, are not read. Of a chat, the last messages.
 
     Raises:
         TaskError: a row has no known input field.
     """
     rows = read_table(Path(path))
-    for names in _INPUT_FIELDS + _DOCUMENT_FIELDS:
-        if all(name in rows[0].fields for name in names):
-            if len(names) == 1:
-                return [_text(_field(row, names[0])) for row in rows]
-            return ["\n".join(f"{name.capitalize()}: {_text(_field(row, name))}" for name in names) for row in rows]
-    raise TaskError(f"{rows[0].source}: no input field among {', '.join(rows[0].fields)}. Name the column `input`.")
+    if "messages" in rows[0].fields:
+        return [_chat_query(row) for row in rows]
+    template = input_template(rows[0].fields)
+    if template is None:
+        raise TaskError(f"{rows[0].source}: no input field among {', '.join(rows[0].fields)}. Name the column `input`.")
+    return [fill_template(template, row) for row in rows]
+
+
+def _chat_query(row: TableRow) -> str:
+    """The messages since the last answer, which are what `_chat_examples` would make an input."""
+    pending: list[str] = []
+    for message in _chat_messages(row):
+        is_answer = message["role"] == "assistant" and message.get("loss", 1)
+        pending = [] if is_answer else [*pending, message["content"]]
+    if not pending:
+        raise RowError(row.source, "broken chat", "ends with an answer. End it with the message to be answered.")
+    return "\n".join(pending)

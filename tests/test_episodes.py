@@ -220,11 +220,11 @@ def test_whole_examples_up_to_the_budget() -> None:
 
 
 def test_left_out_examples_have_their_reason() -> None:
-    ordered = sized(10, 60, 10, 25, 3)
+    ordered = sized(10, 41, 10, 25, 3)
     examples, left_out = fill_budget(ordered, instruction="five words of an instruction", counter=Words(), max_tokens=45)
     assert examples == [ordered[0], ordered[2]]
     assert left_out == [
-        LeftOut(ordered[1], "its 60 tokens are more than the row's 40"),
+        LeftOut(ordered[1], "its 41 tokens are more than the row's 40"),
         # The last example would fit; going on to it would favour short examples at the end of rows.
         LeftOut(ordered[3], "its 25 tokens are more than the 20 left in the row"),
     ]

@@ -121,6 +121,8 @@ def test_what_is_no_column_of_texts_is_refused(make: Callable[..., Any], texts: 
         (["", "a", "b", "b", "c", "c"], r"^the label '' has no word"),
         ([0.5, 1.5, 2.5, 0.5, 1.5, 2.5], r"Unknown label type: continuous"),
         (np.eye(6, dtype=int), r"y should be a 1d array"),
+        ([["a"], ["b"]] * 3, r"^y\[0\] is a list, which is no label"),
+        (np.array([{1}, {2}] * 3, dtype=object), r"^y\[0\] is a set, which is no label"),
     ],
 )
 def test_what_are_no_labels_is_refused(make: Callable[..., Any], labels: Any, message: str) -> None:
@@ -145,6 +147,13 @@ def test_labels_unseen_at_partial_fit_are_named(make: Callable[..., Any]) -> Non
         model.partial_fit(TEXTS[:1], ["music"], classes=["music", "sport"])
     with pytest.raises(DataError, match=r"^y has one class only, 'music'"):
         make().partial_fit(TEXTS[:1], ["music"], classes=["music"])
+
+
+def test_many_labels_of_few_texts_are_no_regression(make: Callable[..., Any]) -> None:
+    texts = [f"text {number}" for number in range(30)]
+    for labels in ([f"label {number}" for number in range(30)], list(range(30))):
+        model = make(fit_mode="lazy").partial_fit(texts, labels, classes=labels)
+        assert len(model.classes_) == 30
 
 
 def test_a_class_may_be_named_before_it_is_shown(make: Callable[..., Any]) -> None:

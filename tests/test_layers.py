@@ -32,6 +32,7 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
         "prefix_states": ("attention",),
         "prefix": ("prefix_states", "planning"),
         "prefix_files": ("prefix",),
+        "prefix_store": ("prefix_files",),
         "label_trie": (),
         "branching": ("prefix", "label_trie"),
         "scoring": ("branching",),
@@ -69,7 +70,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "safetensors": ("files", "modeling", "prefix"),
     "huggingface_hub": ("modeling",),
     "accelerate": ("training",),
-    "filelock": ("default_model", "kernels"),
+    "filelock": ("default_model", "kernels", "prefix_store"),
     "rich": ("inspection", "reporting"),
     "jinja2": ("reporting",),
     "plotly": ("reporting",),
@@ -263,7 +264,8 @@ def test_importing_the_torch_free_rooms_loads_neither_torch_nor_transformers() -
 
 def test_every_imported_library_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[<>=!~ \[]", line, maxsplit=1)[0] for line in project["dependencies"]}
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {re.split(r"[<>=!~ \[]", line, maxsplit=1)[0] for line in lines}
     imported = {
         name.partition(".")[0]
         for module, path in module_names().items()

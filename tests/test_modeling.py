@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -314,7 +315,7 @@ def test_the_note_goes_with_an_exported_model(tiny_model, byte_tokenizer, tmp_pa
 class FakeHub:
     """Stands in for huggingface_hub.HfApi and notes what it is asked."""
 
-    calls: list = []
+    calls: ClassVar[list] = []
 
     def create_repo(self, repo_id, **options):
         from huggingface_hub import RepoUrl

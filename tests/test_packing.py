@@ -33,12 +33,16 @@ def test_a_many_shot_row_is_one_whole_sequence(small_task, encoder) -> None:
 
 def test_packed_rows_hold_whole_sequences_that_fit(small_task, encoder) -> None:
     tasks = [small_task(name=name, num_train=40) for name in ("one", "two", "three")]
-    config = EpisodesConfig(max_tokens=400, num_shots=1, pack=True)
+    config = EpisodesConfig(max_tokens=800, num_shots=1, pack=True)
+    tasks.append(small_task(name="longer", train=[Example("x" * size, "yes") for size in range(60, 100)]))
     rows = [build_row(tasks, config=config, encoder=encoder, seed=0, index=index) for index in range(5)]
     for row in rows:
+        # One after the other: passing over one that does not fit would favour short sequences.
+        places = [sequence.episode.index for sequence in row.sequences]
+        assert places == list(range(places[0], places[0] + len(places)))
         assert len(row.sequences) > 3
-        assert row.num_tokens <= 400
-        assert row.num_tokens + max(len(sequence.token_ids) for sequence in row.sequences) > 400
+        assert row.num_tokens <= 800
+        assert row.num_tokens + 2 * 120 > 800
         assert [len(sequence.answer_spans) for sequence in row.sequences] == [2] * len(row.sequences)
         assert row.num_answers == 2 * len(row.sequences)
     episodes = [sequence.episode for row in rows for sequence in row.sequences]

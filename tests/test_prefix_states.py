@@ -32,7 +32,7 @@ def snapshot(prefix: Prefix) -> list[torch.Tensor]:
 
 def assert_holds(prefix: Prefix, states: Sequence[torch.Tensor]) -> None:
     """The prefix's states are bit for bit those of a snapshot."""
-    assert all(map(torch.equal, snapshot(prefix), states, strict=True))
+    assert all(torch.equal(own, kept) for own, kept in zip(snapshot(prefix), states, strict=True))
 
 
 def assert_close(first: Prefix, second: Prefix) -> None:
@@ -57,18 +57,18 @@ def make_states(num_tokens: int, *, seed: int = 0, num_layers: int = 2, dtype: t
 
 
 def test_two_extensions_of_one_prefix_leave_each_other_and_it_alone(loaded: Any, encoder: Encoder) -> None:
-    base = extend(loaded.model, encoder, prefill(loaded.model, encoder, demonstrations(0, 1, 2, 3)), demonstrations(4))
+    base = extend(loaded.model, encoder, prefill(loaded.model, encoder, demonstrations(*range(12))), demonstrations(12))
     before = snapshot(base)
-    first = extend(loaded.model, encoder, base, demonstrations(5))
+    first = extend(loaded.model, encoder, base, demonstrations(20))
     states_of_first = snapshot(first)
-    second = extend(loaded.model, encoder, base, demonstrations(6))
-    third = extend(loaded.model, encoder, first, demonstrations(7))
+    second = extend(loaded.model, encoder, base, demonstrations(33))
+    third = extend(loaded.model, encoder, first, demonstrations(34))
     assert first.buffer is base.buffer is third.buffer  # Written into spare room, so that the next lines are no formality.
     assert second.buffer is not base.buffer
     assert_holds(base, before)
     assert_holds(first, states_of_first)
-    for made, numbers in ((first, (0, 1, 2, 3, 4, 5)), (second, (0, 1, 2, 3, 4, 6)), (third, (0, 1, 2, 3, 4, 5, 7))):
-        assert_close(made, prefill(loaded.model, encoder, demonstrations(*numbers)))
+    for made, numbers in ((first, (20,)), (second, (33,)), (third, (20, 34))):
+        assert_close(made, prefill(loaded.model, encoder, demonstrations(*range(13), *numbers)))
 
 
 def test_a_trimmed_prefix_is_extended_without_touching_what_it_was_cut_from(loaded: Any, encoder: Encoder) -> None:
@@ -235,7 +235,7 @@ def test_int8_states_are_a_sequence_and_are_cut_without_copying() -> None:
     held = to_int8(states)
     assert len(held) == 3
     assert held[0][0].dtype == torch.bfloat16
-    assert all(map(torch.equal, held[-1], held[2], strict=True))
+    assert all(torch.equal(last, third) for last, third in zip(held[-1], held[2], strict=True))
     assert [pair[0].shape for pair in held[1:]] == [(1, 3, 9, 4)] * 2
     with pytest.raises(IndexError):
         held[3]

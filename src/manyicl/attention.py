@@ -236,7 +236,8 @@ def _attend_plainly(
     scores = (query.float() @ key.float().repeat_interleave(group, dim=1).transpose(2, 3)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
+    # Not -inf: padding that sees nothing would become nan, and nan times a weight of nought is nan in the next layer.
+    scores = scores.masked_fill(~visible.unsqueeze(1), torch.finfo(scores.dtype).min)
     if s_aux is not None:
         sink = s_aux.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         shares = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]

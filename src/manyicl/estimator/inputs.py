@@ -8,6 +8,7 @@ its column.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,11 @@ def as_labels(values: Any, *, name: str = "y") -> npt.NDArray[Any]:
     column = column_or_1d(values, warn=True)
     if column.dtype == object or column.dtype.kind == "f":
         kind = _check_kinds(column, name=name)
-        if kind in ("int", "bool"):
+        if column.dtype == object and kind in ("int", "bool"):
             column = column.astype(kind)
-    check_classification_targets(column)
+    if column.dtype.kind in "fc":
+        # Not asked of others, as it takes many labels of few texts for a regression, and warns.
+        check_classification_targets(column)
     return np.asarray(column)
 
 
@@ -70,6 +73,10 @@ def _check_kinds(values: Iterable[Any], *, name: str) -> str:
         if is_missing(value):
             raise DataError(f"{name}[{position}] is missing: {value!r}. Drop the text or fill in its label.")
         kinds.setdefault(type(value).__name__.removesuffix("_"), position)
+    strange = {kind: position for kind, position in kinds.items() if not re.fullmatch(r"str|bool|u?int\d*|float\d*", kind)}
+    if strange:
+        kind, position = next(iter(strange.items()))
+        raise DataError(f"{name}[{position}] is a {kind}, which is no label. Use strings, integers or booleans.")
     if "str" in kinds and len(kinds) > 1:
         seen = " and ".join(f"{kind} (first {name}[{position}])" for kind, position in kinds.items())
         raise DataError(f"{name} mixes labels of the types {seen}. Make them all strings, or all integers.")

@@ -2,7 +2,7 @@
 
     python benchmarks/foundation.py --tasks ../shared/data --work runs/foundation --output docs/results
 
-1. Three short runs (a fifth of the updates) choose the learning rate by the loss on the validation tasks; a winning edge is
+1. Three short runs (a tenth of the updates) choose the learning rate by the loss on the validation tasks; a winning edge is
    extended.
 2. The run of recipes/real.yaml with that rate.
 3. Base and tuned on every held-out task at 0, 1, 4, 16, 64 and max shots, three orders of demonstrations, 100 queries.
@@ -28,7 +28,7 @@ from manyicl.reporting.terminal import markdown_curves
 
 RECIPE = "recipes/real.yaml"
 RATES = [2.0e-4, 6.0e-4, 2.0e-3]
-SEARCH_UPDATES = 32
+SEARCH_UPDATES = 16
 SHOTS = "0,1,4,16,64,max"
 
 

@@ -132,13 +132,16 @@ def test_whole_logits_limit_the_batch_of_an_altering_head(
     assert list(plan_batches(tiny_model("llama"), lengths, logits, max_batch_tokens=1000)) == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize(("free_bytes", "tokens"), [(0, 256), (8 * 1000 * 3328, 1000), (2**40, 2048)])
+@pytest.mark.parametrize(("free_tokens", "tokens"), [(0, 256), (1000, 1000), (10**9, 2048)])
 def test_the_batch_budget_follows_free_memory_between_its_ends(
-    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, free_bytes: int, tokens: int
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, free_tokens: int, tokens: int
 ) -> None:
-    # fp32, hidden 32, inner 64, 4 heads of 8: 4 · (6 · 32 + 3 · 64) + 4 · (4 · 32 + 2 · 32) = 2,304 bytes a token.
-    monkeypatch.setattr(branching, "_free_bytes", lambda device: free_bytes * 2304 // 3328)
-    assert choose_batch_tokens(tiny_model()) == tokens
+    model = tiny_model()
+    # fp32, two layers; hidden 32, inner 64, 4 heads of 8, 2 key-value heads: keys and values 2 · 2 · 2 · 8 numbers of 4 bytes,
+    # the widest layer (4 · 32 + 4 · 32 + 3 · 64) numbers of 4 bytes and 2 · 32 more.
+    bytes_per_token = 4 * 64 + 4 * 448 + 4 * 64
+    monkeypatch.setattr(branching, "available_bytes", lambda device: 8 * free_tokens * bytes_per_token)
+    assert choose_batch_tokens(model) == tokens
 
 
 def test_a_query_that_does_not_fit_is_named(tiny_model: Callable[..., Any]) -> None:

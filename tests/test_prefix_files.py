@@ -249,12 +249,12 @@ def test_any_damage_is_noticed(in_states: bool, data: st.DataObject, tmp_path_fa
         open_any_prefix(folder)
 
 
-def test_a_torn_states_file_is_refused_with_sizes(tmp_path: Path) -> None:
+def test_a_torn_or_lengthened_states_file_is_refused_with_sizes(tmp_path: Path) -> None:
     save_prefix(make_prefix(4), FACTS, tmp_path)
     path = states_file(tmp_path)
     content = path.read_bytes()
-    for length in [*range(0, len(content), 7), len(content) - 1]:
-        path.write_bytes(content[:length])
+    for length in [*range(0, len(content), 7), len(content) - 1, len(content) + 1]:
+        path.write_bytes((content + b" ")[:length])
         with pytest.raises(PrefixError, match=f"has {length} bytes, prefix.json says {len(content)}. The file is damaged"):
             load_prefix(tmp_path, IDENTITY)
 

@@ -204,6 +204,48 @@ def test_a_damaged_entry_is_removed_and_said_to_be_absent(
     assert holds(store, key, 1)
 
 
+@pytest.mark.parametrize("put_again", [False, True])
+def test_an_entry_evicted_while_it_is_opened_is_absent_and_not_damaged(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, put_again: bool
+) -> None:
+    key = store.put(make_prefix(1), FACTS)
+    real_open, locked = prefix_store._open, []
+
+    def open_too_late(entry: Path, device: Any) -> Any:
+        try:
+            with filelock.FileLock(store.folder / ".lock", timeout=0):
+                locked.append(False)
+        except filelock.Timeout:
+            locked.append(True)
+        if len(locked) > 1:
+            return real_open(entry, device)
+        store.max_bytes = store.num_bytes
+        store.put(make_prefix(2), FACTS)
+        if put_again:
+            store.put(make_prefix(1), FACTS)
+        raise PrefixError("states: cannot be read")
+
+    monkeypatch.setattr(prefix_store, "_open", open_too_late)
+    found = store.get(key)
+    assert (found is not None and is_made_of(found[0], 1)) == put_again
+    assert locked == [False, True][: 1 + put_again]  # What is found missing is looked for again while nobody can evict.
+    assert caplog.messages == []
+
+
+def test_an_entry_vanishes_whole_before_its_files_do(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = store.put(make_prefix(1), FACTS)
+    store.max_bytes, real_remove, seen = store.num_bytes, shutil.rmtree, []
+
+    def remove(path: Path, **options: Any) -> None:
+        seen.append((path.name[:9], (path / PREFIX_FILE).exists(), (store.folder / key).exists()))
+        real_remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    store.put(make_prefix(2), FACTS)
+    assert seen == [(".evicted-", True, False), (".writing-", False, False)]
+    assert len(store.keys()) == 1
+
+
 def test_an_entry_under_a_wrong_name_is_not_given_out(store: PrefixStore, caplog: pytest.LogCaptureFixture) -> None:
     key = store.put(make_prefix(1), FACTS)
     wrong = prefix_key(FACTS, make_prefix(2).token_ids)

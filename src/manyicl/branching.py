@@ -26,12 +26,14 @@ from transformers import PreTrainedModel
 from manyicl.attention import Branches, LayerStates
 from manyicl.errors import BudgetError
 from manyicl.label_trie import LabelTrie, TokenIds
+from manyicl.planning import available_bytes, pass_bytes
 from manyicl.prefix import Prefix
 
 LOGIT_CHUNK_BYTES = 32 * 2**20
 SLICE_BYTES = 2 * 2**20
 MAX_LOGIT_BYTES = 256 * 2**20
 MAX_SCORE_BYTES = 48 * 2**20
+UNKNOWN_FREE_BYTES = 2 * 2**30
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 256, {"cpu": 2048, "cuda": 32768}
 
 # What models multiply or cap their logits with after the head; such logits are taken whole from the model itself.
@@ -275,22 +277,9 @@ def choose_batch_tokens(model: PreTrainedModel) -> int:
 
     Between `MIN_BATCH_TOKENS` and what the kind of device needs to reach its full rate; more would only cost memory.
     """
-    config = model.config.get_text_config()
-    hidden, inner = int(config.hidden_size), int(config.intermediate_size)
-    heads = int(config.num_attention_heads)
-    attended = heads * int(getattr(config, "head_dim", None) or hidden // heads)
-    bytes_per_token = model.dtype.itemsize * (6 * hidden + 3 * inner) + 4 * (4 * attended + 2 * hidden)
-    affordable = _free_bytes(model.device) // 8 // bytes_per_token
-    return max(MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS.get(model.device.type, 2048), affordable))
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Free memory of the device; a guess of 2 GiB where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            fields = dict(line.split(":", 1) for line in stream)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 2 * 2**30
+    config = model.config
+    bytes_per_token = pass_bytes(config, 2, model.dtype) - pass_bytes(config, 1, model.dtype)
+    free = available_bytes(model.device)
+    affordable = UNKNOWN_FREE_BYTES if free is None else free
+    most = MAX_BATCH_TOKENS.get(model.device.type, MAX_BATCH_TOKENS["cpu"])
+    return max(MIN_BATCH_TOKENS, min(most, affordable // 8 // bytes_per_token))

@@ -44,7 +44,7 @@ def is_whole(folder: Path) -> bool:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders, oldest first, by update number."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 

@@ -207,7 +207,7 @@ def _parse_shots(text: str) -> tuple["Shots", ...]:
     """Shot counts from "0,4,max"."""
     parsed: list[Shots] = []
     for part in text.split(","):
-        if part.strip() != "max" and not part.strip().isdigit():
+        if part.strip() != "max" and not part.strip().isdecimal():
             raise UserInputError(f"--shots {text!r}: {part!r} is neither a number nor max. Write for instance 0,4,16,max.")
         parsed.append("max" if part.strip() == "max" else int(part))
     return tuple(dict.fromkeys(parsed))

@@ -9,7 +9,7 @@ A message says what was seen (with sizes, file and line where there is one) and 
     │   ├── BudgetError       examples and token budgets that do not go together
     │   ├── ModelError        a model name, folder, tokenizer or dtype
     │   ├── RecordsError      a file of records
-    │   ├── PrefixError       a prefix: of another model, damaged, or rounded
+    │   ├── PrefixError       a saved prefix: of another model, torn or damaged
     │   └── StorageError      a full disk, a folder that cannot be written
     └── CheckpointError       a checkpoint that does not hold what its manifest says
 """

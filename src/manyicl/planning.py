@@ -102,15 +102,15 @@ def int8_prefix_bytes(config: Any, num_tokens: int) -> int:
 
 
 def pass_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that a forward pass over `num_tokens` new tokens needs for a while, beside weights and prefix; an upper estimate.
+    """Bytes that a forward pass over `num_tokens` new tokens needs for a while, beside weights and prefix.
 
-    Their keys and values, the widest moment of one layer (states, heads with their copies in fp32, the gated layer) and the
-    logits of one token.
+    An estimate from above: their keys and values, the widest moment of one layer (states, heads with fp32 copies of prefix and
+    own part, the gated layer) and the logits of one token.
     """
     shape = read_shape(config)
     heads = shape.num_heads * shape.head_size
-    numbers = 4 * shape.hidden_size + 4 * heads + 3 * shape.inner_size
-    layer = num_tokens * (numbers * dtype.itemsize + 2 * heads * torch.float32.itemsize)
+    numbers = 4 * shape.hidden_size + 4 * heads + 4 * shape.inner_size
+    layer = num_tokens * (numbers * dtype.itemsize + 6 * heads * torch.float32.itemsize)
     return prefix_bytes(config, num_tokens, dtype) + layer + shape.vocabulary_size * torch.float32.itemsize
 
 

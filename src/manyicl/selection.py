@@ -6,8 +6,8 @@ r"""Which demonstrations a query sees, when there are more examples than fit or 
 
 In: texts of a library of examples, and of queries. Out: positions in the library. Similarity is BM25 over lower-cased words
 (`\w+`, no stemming, no stop words: their weight is near zero anyway), or the cosine of embeddings that the caller computes.
-Cost: BM25 indexes thousands of texts a second and ranks one query in about a millisecond per 10,000 examples; what costs is that
-demonstrations chosen per query are computed for every query. Loads no torch.
+Cost: BM25 indexes tens of thousands of texts a second and ranks a query in under a millisecond per 10,000 examples; what costs is
+that demonstrations chosen per query are computed for every query. Loads no torch.
 """
 
 import random

@@ -81,6 +81,7 @@ class TrainingResult:
         peak_memory_bytes: High-water mark of the main process.
         best_step: Update whose weights were kept, when checkpoints were validated; else the last.
         losses: Logged (update, loss) pairs.
+        validation_losses: (update, loss) pairs of the checkpoints, when they were validated.
     """
 
     updates: int
@@ -90,6 +91,7 @@ class TrainingResult:
     peak_memory_bytes: int
     best_step: int
     losses: list[tuple[int, float]] = field(default_factory=list)
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -264,6 +266,11 @@ def to_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in collate(rows).items()}
 
 
+def _logged(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(update, value) pairs of what was logged under a name."""
+    return [(int(entry["step"]), float(entry[name])) for entry in history if name in entry]
+
+
 def train_model(
     model: torch.nn.Module,
     dataset: RowDataset,
@@ -315,7 +322,8 @@ def train_model(
         seconds=progress.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         best_step=int(state.best_global_step or 0) if kept_best else state.global_step,
-        losses=[(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry],
+        losses=_logged(state.log_history, "loss"),
+        validation_losses=_logged(state.log_history, "eval_loss"),
     )
 
 
@@ -354,7 +362,7 @@ def training_arguments(training: TrainingConfig, folder: Path, *, seed: int, val
 
 def _argument_values(training: TrainingConfig, folder: Path, seed: int, *, validate: bool) -> dict[str, Any]:
     """What a recipe's section says, in the words of TrainingArguments."""
-    # transformers 5.20 renames the option and warns about the old name; the old one can go with support for 5.19.
+    # transformers renamed the option after 5.19 and warns about the old name, which can go with support for 5.19.
     renamed = "activation_checkpointing" in signature(TrainingArguments).parameters
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     return {

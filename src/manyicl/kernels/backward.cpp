@@ -210,9 +210,10 @@ void differentiate_keys(const Call& call, const Rows& all, const Buffers& buffer
     }
     for (int64_t k = 0; k < block.keys; ++k) {
         const Row place{all.key_branch, all.shared_head, key_start + k};
-        const float scaling = static_cast<float>(call.scaling);
-        write_rounded(at(call.key_gradient, call.key_gradient_strides, place), buffers.key_sums + k * call.size, call.size, scaling);
-        write_rounded(at(call.value_gradient, call.value_gradient_strides, place), buffers.value_sums + k * call.size, call.size, 1.0f);
+        bf16* key_target = at(call.key_gradient, call.key_gradient_strides, place);
+        bf16* value_target = at(call.value_gradient, call.value_gradient_strides, place);
+        write_rounded(key_target, buffers.key_sums + k * call.size, call.size, static_cast<float>(call.scaling));
+        write_rounded(value_target, buffers.value_sums + k * call.size, call.size, 1.0f);
     }
 }
 
@@ -231,8 +232,10 @@ void write_query_gradient(const Call& call, const Rows& all, int64_t pair, int64
     bf16* target = at(call.query_gradient, call.query_gradient_strides, all.at(row));
     for (int64_t d = 0; d < call.size; d += kLanes) {
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t split = 0; split < call.splits; ++split)
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(call.query_partial + ((split * pairs + pair) * all.count + row) * call.size + d));
+        for (int64_t split = 0; split < call.splits; ++split) {
+            const float* part = call.query_partial + ((split * pairs + pair) * all.count + row) * call.size;
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(part + d));
+        }
         sum = _mm512_mul_ps(sum, _mm512_set1_ps(static_cast<float>(call.scaling)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + d), (__m256i)_mm512_cvtneps_pbh(sum));
     }

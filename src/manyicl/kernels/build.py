@@ -69,8 +69,10 @@ def load_library(name: str, sources: Sequence[str], headers: Sequence[str]) -> c
 
 
 def _compile(compiler: str, sources: Sequence[Path], target: Path) -> None:
-    """Compile to a temporary file and rename it, so that a library is never seen by halves."""
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".building-", suffix=".so")
+    """Compile to a temporary file and rename it, so that a library is never seen by halves. The lock is held."""
+    for left_behind in target.parent.glob(f".{target.stem}-*.so"):  # By a process that was killed.
+        left_behind.unlink()
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=".so")
     os.close(descriptor)
     start = time.perf_counter()
     try:

@@ -1,0 +1,410 @@
+"""Run folders: what stands in them, what starts and resumes them, and what is refused before anything is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from conftest import write_rows
+from manyicl import runs
+from manyicl.checkpoints import list_checkpoints
+from manyicl.errors import ManyICLError, ModelError, RecipeError, TaskError, UserInputError
+from manyicl.files import hash_file
+from manyicl.modeling import load_model
+from manyicl.runs import EvaluationRequest, evaluate_models, measure_corpora, open_row, predict, predict_file
+from manyicl.tasks.readers import load_suite
+from manyicl.tasks.task import Example
+from manyicl.training import ManyShotTrainer
+from model_fixtures import count_calls, make_recipe
+
+
+@pytest.fixture
+def make(tiny_model_folder, suite_folder, tmp_path):
+    """A recipe over the small suite, written once; `output` is relative to the test's folder."""
+    suites = []
+
+    def build(output="run", **sections):
+        if not suites:
+            suites.append(suite_folder())
+        sections = {"model": str(tiny_model_folder("llama")), "tasks": str(suites[0])} | sections
+        return make_recipe(sections.pop("model"), sections.pop("tasks"), tmp_path / output, **sections)
+
+    return build
+
+
+def test_a_run_folder_holds_what_made_it_and_is_a_model(make, tmp_path, tiny_model_folder):
+    recipe = make(training={"num_steps": 4})
+    result = runs.train(recipe)
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "recipe.yaml",
+        "run.json",
+        "summary.json",
+        "manyicl.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "checkpoints"}
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == recipe.model_dump(mode="json")
+    facts = json.loads((folder / "run.json").read_text())
+    suite = load_suite(recipe.tasks)
+    assert facts["data"] == {name: suite.tasks[name].fingerprint() for name in ("colour", "size")}
+    assert facts["model"]["fingerprint"] == load_model(recipe.model).fingerprint
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == result.updates == summary["best_step"] == 4
+    assert summary["tokens"] == result.tokens == sum(open_row(recipe, index)[0].num_tokens for index in range(4))
+    assert summary["answers"] == result.answers
+    assert summary["peak_memory_bytes"] > 100 * 2**20
+    assert summary["tokens_per_second"] == pytest.approx(result.tokens_per_second)
+    assert json.loads((folder / "manyicl.json").read_text()) == {"base": str(tiny_model_folder("llama")), "note": ""}
+    tuned, base = (load_model(name, dtype="float32").model for name in (folder, recipe.model))
+    assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
+
+
+def test_a_run_learns(make):
+    result = runs.train(make(training={"num_steps": 30, "save_every": 30, "learning_rate": 0.02}))
+    losses = [loss for _, loss in result.losses]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_full_tuning_writes_a_whole_model(make, tmp_path):
+    runs.train(make(training={"tune": "full", "num_steps": 2}))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+    assert hash_file(tmp_path / "run" / "model.safetensors") == hash_file(
+        tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    )
+    assert load_model(tmp_path / "run").name == str(tmp_path / "run")
+
+
+def test_a_run_over_a_run_goes_on_from_it(make, tmp_path):
+    runs.train(make(training={"num_steps": 2}))
+    runs.train(make("second", model=str(tmp_path / "run"), training={"num_steps": 2}))
+    assert json.loads((tmp_path / "second" / "manyicl.json").read_text())["base"] == str(tmp_path / "run")
+    assert load_model(tmp_path / "second").fingerprint != load_model(tmp_path / "run").fingerprint
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(make, tmp_path):
+    for output, seed in (("a", 0), ("b", 0), ("c", 1)):
+        runs.train(make(output, seed=seed, training={"num_steps": 2}))
+    hashes = [hash_file(tmp_path / output / "adapter_model.safetensors") for output in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_best_validated_checkpoint_is_what_the_folder_holds(make, tmp_path, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0])
+
+    def evaluate(trainer, *arguments, **options):
+        metrics = {"eval_loss": next(losses)}
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(ManyShotTrainer, "evaluate", evaluate)
+    result = runs.train(make(training={"num_steps": 6, "save_every": 2, "validate_checkpoints": True}))
+    hashes = {
+        path.name: hash_file(path / "adapter_model.safetensors") for path in list_checkpoints(tmp_path / "run" / "checkpoints")
+    }
+    assert sorted(hashes) == ["checkpoint-4", "checkpoint-6"]
+    assert result.best_step == 4
+    assert hash_file(tmp_path / "run" / "adapter_model.safetensors") == hashes["checkpoint-4"] != hashes["checkpoint-6"]
+
+
+def test_validation_rows_are_many_shot_rows_of_the_validation_tasks(make, monkeypatch):
+    calls = []
+
+    def stop(*arguments, **options):
+        calls.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train_model", stop)
+    training = {"validate_checkpoints": True, "validation_rows": 3, "num_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(make(training=training, episodes={"num_shots": 1}))
+    rows = calls[0]["validation"]
+    assert [row.sequences[0].episode.task for row in rows] == ["mood"] * 3
+    assert all(row.num_answers > 2 for row in rows)
+
+
+def test_an_interrupted_run_is_refused_without_resume_and_finished_with_it(make, tmp_path, monkeypatch):
+    runs.train(make("whole"))
+    step = ManyShotTrainer.training_step
+
+    def interrupted(trainer, *arguments, **options):
+        if trainer.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ManyShotTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(make())
+    assert not (tmp_path / "run" / "summary.json").exists()
+    with pytest.raises(ModelError, match="run: holds no model"):
+        load_model(tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"run: holds a run already\. Add --resume to go on with it, or choose another output"):
+        runs.train(make())
+    result = runs.train(make(), resume=True)
+    assert result.updates == 6
+    assert hash_file(tmp_path / "run" / "adapter_model.safetensors") == hash_file(
+        tmp_path / "whole" / "adapter_model.safetensors"
+    )
+
+
+def test_resuming_what_was_never_started_starts_it(make, tmp_path):
+    assert runs.train(make(training={"num_steps": 2}), resume=True).updates == 2
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_finished_run_is_left_as_it_is(make, tmp_path, monkeypatch):
+    first = runs.train(make(training={"num_steps": 2}))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    loads = count_calls(monkeypatch, runs, "load_model")
+    again = runs.train(make(training={"num_steps": 2}), resume=True)
+    assert again == first
+    assert loads == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"num_steps": 2, "learning_rate": 0.5}}, r"\(training\.learning_rate: 0\.01 -> 0\.5\)"),
+        ({"training": {"num_steps": 4}, "seed": 3}, r"\(seed: 0 -> 3; training\.num_steps: 2 -> 4\)"),
+        ({"training": {"num_steps": 2, "lora": {"rank": 8}}}, r"\(training\.lora\.rank: 16 -> 8\)"),
+        ({"training": {"num_steps": 2}, "meta_training": ["size"]}, r"\(meta_training: None -> \['size'\]\)"),
+    ],
+)
+def test_resuming_with_another_recipe_names_the_keys(make, tmp_path, sections, message):
+    runs.train(make(training={"num_steps": 2}))
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(
+        RecipeError, match=rf"run: was started with another recipe {message}\. Use that recipe, or another output"
+    ):
+        runs.train(make(**sections), resume=True)
+
+
+def test_resuming_with_other_data_or_another_model_is_refused(make, tmp_path, tiny_model_folder):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_folder("llama"), model)
+    recipe = make(model=str(model), training={"num_steps": 2, "validate_checkpoints": True, "validation_rows": 1})
+    runs.train(recipe)
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.copy(tiny_model_folder("llama", seed=1) / "model.safetensors", model)
+    with pytest.raises(RecipeError, match=r"run: the files of model .*model have changed since the run was started"):
+        runs.train(recipe, resume=True)
+    shutil.copy(tiny_model_folder("llama") / "model.safetensors", model)
+    for name in ("colour", "mood"):
+        path = tmp_path / "suite" / name / "train.jsonl"
+        content = path.read_text()
+        path.write_text(content.replace("1", "7", 1))
+        with pytest.raises(RecipeError, match=f"run: the examples of {name} have changed since the run was started"):
+            runs.train(recipe, resume=True)
+        path.write_text(content)
+    assert runs.train(recipe, resume=True).updates == 2
+
+
+def test_resuming_with_other_threads_is_said(make, tmp_path, caplog):
+    runs.train(make(training={"num_steps": 2}))
+    (tmp_path / "run" / "summary.json").unlink()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"threads": 99}))
+    runs.train(make(training={"num_steps": 2}), resume=True)
+    warnings = [
+        record.getMessage() for record in caplog.records if record.levelname == "WARNING" and record.name == "manyicl.runs"
+    ]
+    assert len(warnings) == 1
+    assert "was started with threads 99 and goes on with" in warnings[0]
+
+
+def test_checkpoints_without_a_recipe_are_not_touched(make, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(RecipeError, match="run: holds checkpoints without a recipe"):
+            runs.train(make(), resume=resume)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-5").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        (
+            {"meta_training": ["speed"]},
+            RecipeError,
+            "meta_training names 'speed', which is a held_out task. Training on it would void",
+        ),
+        ({"meta_training": ["mood"]}, RecipeError, "meta_training names 'mood', which is a validation task"),
+        ({"meta_training": ["taste"]}, RecipeError, r"'taste', which suite 'suite' does not have \(colour, size, mood, speed\)"),
+        ({"meta_training": []}, RecipeError, "suite 'suite' has no meta-training tasks"),
+        ({"episodes": {"max_tokens": 5000}}, RecipeError, r"episodes\.max_tokens = 5000 is more than the 4096 positions of"),
+        ({"episodes": {"max_tokens": 20}}, UserInputError, r"fit max_tokens=20 .* Raise episodes\.max_tokens"),
+        ({"training": {"lora": {"targets": ["w"]}}}, ModelError, r"training\.lora\.targets = \['w'\]: use all-linear, or a list"),
+        ({"training": {"trainer": {"optin": "sgd"}}}, RecipeError, "TrainingArguments has no 'optin'; the nearest is 'optim'"),
+        ({"training": {"report_to": ["paper"]}}, RecipeError, "paper is not supported"),
+        ({"training": {"rows_per_step": 3, "rows_per_device": 2}}, RecipeError, "rows_per_step = 3 is no multiple of 2"),
+        ({"model": "no/such/model"}, ModelError, "no/such/model: cannot be loaded"),
+        ({"tasks": "no/such/suite"}, TaskError, "no/such/suite: no such folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(make, tmp_path, sections, error, message):
+    with pytest.raises(error, match=message):
+        runs.train(make(**sections))
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_without_validation_tasks_is_an_error(make, tmp_path):
+    recipe = make(training={"validate_checkpoints": True})
+    (tmp_path / "suite" / "suite.yaml").write_text("meta_training: [colour, size]\n")
+    with pytest.raises(RecipeError, match=r"training\.validate_checkpoints: suite 'suite' has no validation tasks"):
+        runs.train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_leaves_its_checkpoints_and_no_model(make, tmp_path, monkeypatch):
+    step = ManyShotTrainer.compute_loss
+
+    def diverging(trainer, *arguments, **options):
+        loss = step(trainer, *arguments, **options)
+        return loss * float("nan") if trainer.state.global_step == 4 else loss
+
+    monkeypatch.setattr(ManyShotTrainer, "compute_loss", diverging)
+    with pytest.raises(ManyICLError, match="the loss is nan at update 5"):
+        runs.train(make())
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def request_for(suite, *models, **fields):
+    fields = {"shots": (0, 2), "num_seeds": 1, "num_queries": 3} | fields
+    return EvaluationRequest(models=tuple(map(str, models)), tasks=str(suite), **fields)
+
+
+def test_models_are_evaluated_one_after_the_other(suite_folder, tiny_model_folder, tmp_path):
+    suite, models = suite_folder(), (tiny_model_folder("llama"), tiny_model_folder("qwen2"))
+    records = evaluate_models(request_for(suite, *models, models[0]), tmp_path / "r.jsonl")
+    assert [(record.model, record.task, record.shots) for record in records] == [
+        (str(model), "speed", shots) for model in models for shots in (0, 2)
+    ]
+    assert {record.role for record in records} == {"held_out"}
+    assert records[0].versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("fields", "tasks"),
+    [
+        ({"role": "all"}, ["colour", "size", "mood", "speed"]),
+        ({"role": "validation"}, ["mood"]),
+        ({"only": ("size", "speed")}, ["size", "speed"]),
+    ],
+)
+def test_tasks_are_chosen_by_role_or_name(suite_folder, tiny_model_folder, tmp_path, fields, tasks):
+    records = evaluate_models(request_for(suite_folder(), tiny_model_folder("llama"), shots=(0,), **fields), tmp_path / "r.jsonl")
+    assert [record.task for record in records] == tasks
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"role": "held-out"}, "--role 'held-out' is none of meta_training, validation, held_out and all"),
+        ({"only": ("taste",)}, r"suite 'suite' has no task 'taste' \(colour, size, mood, speed\)"),
+        ({"format": "markdown"}, "--format 'markdown' is neither plain nor chat"),
+        ({"context_tokens": 5000}, "a context of 5000 tokens was asked of .*, which has 4096 positions"),
+        ({"context_tokens": 10}, "the longest query and its answer take 22 tokens, more than the context of 10"),
+        ({"models": ("no/such/model",)}, "no/such/model: cannot be loaded"),
+    ],
+)
+def test_wrong_requests_are_errors_and_leave_no_records(suite_folder, tiny_model_folder, tmp_path, fields, message):
+    request = request_for(suite_folder(), tiny_model_folder("llama"))
+    with pytest.raises(UserInputError, match=message):
+        evaluate_models(EvaluationRequest(**(vars(request) | fields)), tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists() or (tmp_path / "r.jsonl").read_bytes() == b""
+
+
+def test_the_context_limits_demonstrations(suite_folder, tiny_model_folder, tmp_path):
+    request = request_for(suite_folder(), tiny_model_folder("llama"), shots=(1, 8, "max"), context_tokens=100)
+    records = evaluate_models(request, tmp_path / "r.jsonl")
+    assert [record.shots for record in records] == ["max", 1]
+    assert 1 < records[0].num_demonstrations < 8
+    assert records[0].prefix_tokens < 100
+
+
+EXAMPLES = [Example(f"number {number}", ("odd", "even")[number % 2 == 0]) for number in range(8)]
+
+
+def test_predicting_scores_labels_that_recur(tiny_loaded):
+    answers, num_used = predict(tiny_loaded("llama"), EXAMPLES, ["number 11", "number 12"], seed=1)
+    assert num_used == 8
+    assert {answer.text for answer in answers} <= {"odd", "even"}
+    assert all(answer.log_probability < 0 for answer in answers)
+    assert predict(tiny_loaded("llama"), EXAMPLES, ["number 11", "number 12"], seed=1) == (answers, num_used)
+    assert predict(tiny_loaded("llama"), EXAMPLES, ["number 11"], seed=2)[0] != answers[:1]
+
+
+def test_predicting_writes_free_text(tiny_loaded):
+    free = [Example(f"number {number}", f"answer {number}") for number in range(4)]
+    (answer,), num_used = predict(tiny_loaded("llama"), free, ["number 9"])
+    assert (answer.choice, num_used) == (-1, 4)
+
+
+def test_predicting_nothing_is_nothing(tiny_loaded):
+    assert predict(tiny_loaded("llama"), EXAMPLES, []) == ([], 0)
+
+
+def test_options_of_demonstrations_are_not_asked_of_queries(tiny_loaded):
+    with_options = [Example(each.input, each.answer, options=("even", "odd", "none")) for each in EXAMPLES]
+    answers, _ = predict(tiny_loaded("llama"), with_options, ["number 11"])
+    assert answers == predict(tiny_loaded("llama"), EXAMPLES, ["number 11"])[0]
+
+
+def test_a_query_that_does_not_fit_is_an_error(tiny_loaded):
+    with pytest.raises(UserInputError, match="queries are never cut"):
+        predict(tiny_loaded("llama", max_position_embeddings=64), EXAMPLES, ["x" * 60])
+
+
+def test_a_file_of_queries_becomes_a_file_of_answers(tiny_model_folder, tmp_path):
+    examples = write_rows(tmp_path / "d.jsonl", [{"input": each.input, "answer": each.answer} for each in EXAMPLES])
+    queries = write_rows(tmp_path / "q.jsonl", [{"input": "number 11"}, {"input": "é ☃"}])
+    model = str(tiny_model_folder("llama"))
+    assert predict_file(model, examples, queries, tmp_path / "out" / "a.jsonl", seed=1) == (8, 8, 2)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    expected, _ = predict(model, EXAMPLES, ["number 11", "é ☃"], seed=1)
+    assert rows == [
+        {"input": text, "answer": answer.text, "log_probability": answer.log_probability}
+        for text, answer in zip(("number 11", "é ☃"), expected, strict=True)
+    ]
+
+
+def test_nothing_is_half_written_when_predicting_fails(tiny_model_folder, tmp_path, monkeypatch):
+    examples = write_rows(tmp_path / "d.jsonl", [{"input": each.input, "answer": each.answer} for each in EXAMPLES])
+    queries = write_rows(tmp_path / "q.jsonl", [{"input": "short"}, {"input": "x" * 5000}])
+    (tmp_path / "a.jsonl").write_text("earlier answers")
+    with pytest.raises(UserInputError, match="queries are never cut"):
+        predict_file(str(tiny_model_folder("llama")), examples, queries, tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_text() == "earlier answers"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "d.jsonl", "q.jsonl"]
+
+
+def test_corpora_of_one_name_are_told_apart(tiny_model_folder, tmp_path):
+    paths = [tmp_path / folder / "text.txt" for folder in ("a", "b")] + [tmp_path / "other.txt"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("some text " * (3 + number))
+    model = str(tiny_model_folder("llama"))
+    rows = measure_corpora([model, model], paths, tmp_path / "out.json", max_bytes=35, window_tokens=16)
+    assert [(row["model"], row["corpus"], row["num_bytes"]) for row in rows] == [
+        (model, str(paths[0]), 30),
+        (model, str(paths[1]), 35),
+        (model, "other.txt", 35),
+    ]
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == rows
+
+
+def test_a_row_is_opened_without_the_models_weights(make, monkeypatch):
+    monkeypatch.setattr(runs, "load_model", lambda *arguments, **options: pytest.fail("the weights were loaded"))
+    row, tokenizer = open_row(make(), 3)
+    assert row.sequences[0].episode.index == 3
+    assert tokenizer.eos_token_id == 256

@@ -1,4 +1,4 @@
-# make demo | test | check | bench | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
+# make demo | test | check | bench | bench-foundation | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
 # call costs nothing. `make demo` installs the runtime dependencies alone; the other targets add the tools to the same .venv.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ DEMO_QUERIES := 40
 DEMO_CONTEXT := 2048
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench vllm-env
+.PHONY: demo test check bench bench-foundation vllm-env
 
 demo: $(RUNTIME)
 	$(BIN)/manyicl train recipes/demo.yaml output=$(DEMO) --resume
@@ -38,13 +38,16 @@ check: $(TOOLS)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_api.py
 
-# benchmarks/foundation.py is not among these: it makes docs/results/foundation.md from a folder of tasks, and takes long.
 bench: $(TOOLS)
 	@mkdir -p $(BENCHMARKS)
 	$(BIN)/python benchmarks/attention.py --output $(BENCHMARKS)/attention.json
 	@if [ -f $(DEMO)/summary.json ]; then $(BIN)/python benchmarks/training_run.py $(DEMO); \
 	else echo "no finished run in $(DEMO): its speed was not measured (make demo trains it)"; fi
 	@echo "results: $(BENCHMARKS) and, for the run, $(DEMO)"
+
+# Makes docs/results/foundation.md from the folder of real tasks ../shared/data; takes about an hour, and goes on where it was stopped.
+bench-foundation: $(TOOLS)
+	$(BIN)/python benchmarks/foundation.py
 
 vllm-env: $(VLLM)/.installed
 

@@ -259,6 +259,15 @@ def test_what_does_not_fit_is_left_out_whole_and_counted(folder: Path, uncached:
     assert model.num_left_out_ == 23 - model.num_demonstrations_ >= left_out
 
 
+def test_every_order_has_as_many_demonstrations_as_the_others(folder: Path) -> None:
+    texts = [f"{'long ' * (9 * (number % 2))}text {number}" for number in range(24)]
+    alone = [classifier(folder, context_tokens=400, random_state=0, n_estimators=orders) for orders in (1, 5)]
+    one, five = [model.fit(texts, ["a", "b"] * 12) for model in alone]
+    assert {len(order) for order in five.blocks_} == {five.num_demonstrations_}
+    assert five.num_demonstrations_ < one.num_demonstrations_
+    assert five.blocks_[0] == one.blocks_[0][: five.num_demonstrations_]
+
+
 def test_num_shots_limits_the_block(folder: Path) -> None:
     model = classifier(folder, num_shots=4).fit(TEXTS, ANSWERS)
     assert (model.num_demonstrations_, model.num_left_out_) == (4, 14)

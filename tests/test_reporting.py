@@ -27,7 +27,7 @@ def printed(records: list, width: int) -> str:
 def test_the_table_has_a_row_per_task_and_model_and_then_the_means() -> None:
     header, rows = curve_rows(shot_curves())
     half = f"{100 * 12.706204736 * 0.25:.1f}"
-    assert header == ["task", "metric", "model", "0 shots", "4 shots", "64 shots", "max"]
+    assert header == ["task", "metric", "model", "0", "4", "64", "max"]
     base, tuned = f"50.0 ±{half}", f"60.0 ±{half}"
     assert rows == [
         ["[/size] of", "macro_f1", "default", base, base, "-", base],
@@ -73,7 +73,7 @@ def test_nothing_is_cut_off_where_there_is_little_room() -> None:
 def test_markdown_escapes_what_would_end_a_cell() -> None:
     lines = markdown_curves([record(model="a|b")]).splitlines()
     assert lines[:3] == [
-        "| task | metric | model | 4 shots |",
+        "| task | metric | model | 4 |",
         "|---|---|---|---:|",
         "| colour | accuracy | a\\|b | 50.0 |",
     ]
@@ -83,7 +83,7 @@ def test_markdown_escapes_what_would_end_a_cell() -> None:
 def test_the_caption_says_what_must_stand_beside_the_table() -> None:
     records = [record(), record(task="size", num_queries=7, seed=1), record(model="tuned", model_note="")]
     assert caption(records) == (
-        "0-100; mean over 2 order(s) of demonstrations ± half of the 95% t interval; 2 to 7 queries a task. "
+        "Columns are numbers of shots; 0-100; mean over 2 order(s) of demonstrations ± half of the 95% t interval; 2 to 7 queries a task. "
         "default: dequantised from Q4_1."
     )
 

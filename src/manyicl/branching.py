@@ -166,11 +166,18 @@ def log_probabilities(
     model: PreTrainedModel, row: FlatRow, sources: npt.ArrayLike, tokens: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
     """Log-probability [E] of each of `tokens` after the row's token at the same place of `sources`."""
+    return judge_tokens(model, row, sources, tokens, with_best=False)[0]
+
+
+def judge_tokens(
+    model: PreTrainedModel, row: FlatRow, sources: npt.ArrayLike, tokens: npt.ArrayLike, *, with_best: bool = True
+) -> tuple[npt.NDArray[np.float64], BoolArray]:
+    """Log-probability [E] of each of `tokens` after its source, and whether it is the most probable token there, bool [E]."""
     wanted, targets = np.asarray(sources, dtype=np.int64), np.asarray(tokens, dtype=np.int64)
     needed, lines = np.unique(wanted, return_inverse=True)
     order = np.argsort(lines, kind="stable")
     device = row.input_ids.device
-    result = np.empty(len(targets), dtype=np.float64)
+    result, is_best = np.empty(len(targets), dtype=np.float64), np.zeros(len(targets), dtype=bool)
     stops = np.searchsorted(lines[order], np.arange(len(needed) + 1))
     for start, logits in _logit_chunks(model, row, torch.from_numpy(needed).to(device)):
         # The normalised logits are made in slices that stay in a processor's cache, and are dropped at once.
@@ -181,7 +188,9 @@ def log_probabilities(
             own = torch.from_numpy(lines[members] - start - first).to(device)
             picked = part[own, torch.from_numpy(targets[members]).to(device)]
             result[members] = picked.double().cpu().numpy()
-    return result
+            if with_best:
+                is_best[members] = part.argmax(dim=-1).cpu().numpy()[lines[members] - start - first] == targets[members]
+    return result, is_best
 
 
 def _logit_chunks(model: PreTrainedModel, row: FlatRow, needed: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -5,7 +5,8 @@ Out: text; labels chosen by constrained decoding; or exact label scores.
 
 What is lost: `pick` decodes greedily within the label strings. It takes the most probable next token that some label still
 allows, which need not lead to the most probable label, and it may spell a label in other tokens than the encoder's. `choose`
-asks for the log-probability of every label token, which is exact and costs one prompt a query and label.
+asks for the log-probability of every label token, which is exact and costs the whole prefix for every query and label, since
+vLLM reads no cache for it. For label tasks the native engine is the one to take.
 
 vLLM is imported when an engine is made; the extra `vllm` installs it. It reads its own environment variables, such as
 VLLM_CPU_KVCACHE_SPACE (GiB of its cache) and VLLM_CPU_OMP_THREADS_BIND.
@@ -137,7 +138,7 @@ class VllmEngine:
         queries = self._prompts(prefix, inputs)
         labels = [self.encoder.encode_labels(own) for own in choices]
         prompts = [(*query, *label) for query, own in zip(queries, labels, strict=True) for label in own]
-        # Positions before the label are never asked about, so what the cache holds of them may be read.
+        # vLLM does not read its prefix cache for such prompts: each costs the whole prefix.
         sampling = self._sampling(1, prompt_logprobs=0)
         outputs = iter(self._generate(prompts, [sampling] * len(prompts), most_new_tokens=0))
         scores = []
@@ -186,7 +187,7 @@ class VllmEngine:
 
     def _read(self, output: Any) -> str:
         ids = [token for token in output.outputs[0].token_ids if token != self.encoder.terminator_id]
-        return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip()  # type: ignore[attr-defined]
+        return str(self.encoder.tokenizer.decode(ids)).strip()
 
 
 def _sum_of_last(log_probabilities: Sequence[Any], label: Sequence[int]) -> float:

@@ -28,7 +28,7 @@ def curve_rows(records: Sequence[EvaluationRecord]) -> tuple[list[str], list[lis
         metric = tasks[task].metric if task in tasks else ""
         cells = [_cell(line.get(count), num_tasks=len(tasks) if task not in tasks else 1) for count in shots]
         rows.append([task, metric, f"{method}, {model}" if several_methods else model, *cells])
-    return ["task", "metric", "model", *(f"{count} shots" if count != "max" else "max" for count in shots)], rows
+    return ["task", "metric", "model", *map(str, shots)], rows
 
 
 def _cell(point: CurvePoint | None, *, num_tasks: int) -> str:
@@ -73,5 +73,5 @@ def caption(records: Sequence[EvaluationRecord]) -> str:
     queries = sorted({record.num_queries for record in records})
     notes = sorted({f"{record.model}: {record.model_note}" for record in records if record.model_note})
     span = f"{queries[0]}" if queries[0] == queries[-1] else f"{queries[0]} to {queries[-1]}"
-    text = f"0-100; mean over {seeds} order(s) of demonstrations ± half of the 95% t interval; {span} queries a task."
+    text = f"Columns are numbers of shots; 0-100; mean over {seeds} order(s) of demonstrations ± half of the 95% t interval; {span} queries a task."
     return text + ("" if not notes else " " + "; ".join(notes) + ".")

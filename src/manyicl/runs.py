@@ -209,9 +209,9 @@ def _write_start(output: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
 
 def _read_result(output: Path) -> TrainingResult:
     content = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    pairs = {name: [(int(step), float(loss)) for step, loss in content[name]] for name in ("losses", "validation_losses")}
+    losses, validation = ([(int(step), float(loss)) for step, loss in content[name]] for name in ("losses", "validation_losses"))
     fields = {name: content[name] for name in ("updates", "tokens", "answers", "seconds", "peak_memory_bytes", "best_step")}
-    return TrainingResult(**fields, **pairs)
+    return TrainingResult(**fields, losses=losses, validation_losses=validation)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class ManyShotEstimator(BaseEstimator):  # type: ignore[misc]
             added = [self._fill(order, lengths, room, block) for order, block in zip(fresh, self.blocks_, strict=True)]
         # The same number in every order, so that each sees a query after equally many.
         num_added = min(map(len, added))
-        blocks = [[*block, *new] for block, new in zip(self.blocks_, added, strict=True)]
+        blocks = [[*block, *new[:num_added]] for block, new in zip(self.blocks_, added, strict=True)]
         num_left_out = self._count_left_out(engine, lengths, len(blocks[0]))
         self._num_batches += 1
         self._tie_break += fresh[0]

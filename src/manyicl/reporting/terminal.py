@@ -73,5 +73,6 @@ def caption(records: Sequence[EvaluationRecord]) -> str:
     queries = sorted({record.num_queries for record in records})
     notes = sorted({f"{record.model}: {record.model_note}" for record in records if record.model_note})
     span = f"{queries[0]}" if queries[0] == queries[-1] else f"{queries[0]} to {queries[-1]}"
-    text = f"Columns are shots; 0-100; mean over {seeds} order(s) of demonstrations ± half of the 95% t interval; {span} queries a task."
+    what = f"mean over {seeds} order(s) of demonstrations ± half of the 95% t interval"
+    text = f"Columns are shots; 0-100; {what}; {span} queries a task."
     return text + ("" if not notes else " " + "; ".join(notes) + ".")

@@ -138,8 +138,8 @@ def test_the_batch_budget_follows_free_memory_between_its_ends(
 ) -> None:
     model = tiny_model()
     # fp32, two layers; hidden 32, inner 64, 4 heads of 8, 2 key-value heads: keys and values 2 · 2 · 2 · 8 numbers of 4 bytes,
-    # the widest layer (4 · 32 + 4 · 32 + 3 · 64) numbers of 4 bytes and 2 · 32 more.
-    bytes_per_token = 4 * 64 + 4 * 448 + 4 * 64
+    # the widest layer (4 · 32 + 4 · 32 + 4 · 64) numbers of 4 bytes, and six copies of the heads (4 · 8) in fp32.
+    bytes_per_token = 4 * 64 + 4 * 512 + 6 * 32 * 4
     monkeypatch.setattr(branching, "available_bytes", lambda device: 8 * free_tokens * bytes_per_token)
     assert choose_batch_tokens(model) == tokens
 

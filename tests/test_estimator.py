@@ -19,6 +19,7 @@ from sklearn.exceptions import NotFittedError
 
 from estimator_fixtures import LABELS, UncachedModel, labelled_texts
 from manyicl import ManyShotClassifier, ManyShotGenerator
+from manyicl.calibration import CONTENT_FREE_INPUTS, draw_domain_inputs
 from manyicl.default_model import default_model_folder
 from manyicl.errors import BudgetError, StorageError
 from manyicl.estimator import shared_models
@@ -103,6 +104,29 @@ def test_several_orders_are_averaged_as_probabilities(folder: Path, uncached: Un
     each = [uncached.label_probabilities(uncached.prompt(block(model, order), QUERIES[1]), LABELS) for order in range(3)]
     np.testing.assert_allclose(model.predict_proba(QUERIES[1:2])[0], np.mean(each, axis=0), atol=1e-4)
     assert np.ptp(each, axis=0).max() > 1e-3
+
+
+def softmax_logs(scores: np.ndarray) -> np.ndarray:
+    return scores - np.logaddexp.reduce(scores)
+
+
+@pytest.mark.parametrize("calibration", ["contextual", "domain_context", "mutual_information"])
+def test_calibration_takes_off_what_is_said_without_the_query(folder: Path, uncached: UncachedModel, calibration: str) -> None:
+    model = classifier(folder, calibration=calibration).fit(TEXTS, ANSWERS)
+    inputs = {
+        "contextual": list(CONTENT_FREE_INPUTS),
+        "domain_context": draw_domain_inputs(model.library_, seed=model._seed),
+        "mutual_information": [""],
+    }[calibration]
+    without = np.array([uncached.label_scores(uncached.prompt(block(model), text), LABELS) for text in inputs])
+    prior = (
+        without[0]
+        if calibration == "mutual_information"
+        else np.log(np.mean([np.exp(softmax_logs(own)) for own in without], axis=0))
+    )
+    scores = uncached.label_scores(uncached.prompt(block(model), QUERIES[0]), LABELS)
+    np.testing.assert_allclose(model.predict_log_proba(QUERIES[:1])[0], softmax_logs(scores - prior), atol=1e-4)
+    assert np.abs(softmax_logs(scores - prior) - softmax_logs(scores)).max() > 0.01
 
 
 def seen_by(model: Any, query: str) -> list[tuple[str, str]]:

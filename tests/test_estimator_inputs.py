@@ -169,6 +169,14 @@ def test_a_class_may_be_named_before_it_is_shown(make: Callable[..., Any]) -> No
     [
         ({"selection": "best"}, r"^selection='best' is unknown\. Use one of 'random', 'nearest', 'hybrid'"),
         ({"fit_mode": "eager"}, r"^fit_mode='eager' is unknown"),
+        (
+            {"calibration": "best"},
+            r"^calibration='best' is unknown\. Use one of None, 'contextual', 'domain_context', 'mutual_inf",
+        ),
+        (
+            {"calibration": "contextual", "selection": "hybrid"},
+            r"^calibration='contextual' measures labels after the block alone",
+        ),
         ({"format": "xml"}, r"^format='xml' is unknown\. Use one of 'plain', 'chat'"),
         ({"n_estimators": 0}, r"^n_estimators=0 must be a whole number of at least 1\."),
         ({"num_nearest": None}, r"^num_nearest=None must be a whole number of at least 1\."),

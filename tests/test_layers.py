@@ -37,10 +37,11 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
         "branching": ("prefix", "label_trie"),
         "scoring": ("branching",),
         "label_search": ("scoring",),
+        "calibration": ("scoring",),
     },
     5: {"training": (), "engines": ()},
     6: {"methods": (), "evaluation": ("methods",), "forgetting": ("evaluation",)},
-    7: {"runs": (), "estimator": (), "reporting": ()},
+    7: {"runs": (), "estimator": (), "reporting": (), "lm_eval_adapter": ()},
     9: {"cli": ()},
 }
 # Rooms that see less than their row allows: the highest row that they may import.
@@ -59,6 +60,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "branching",
         "scoring",
         "label_search",
+        "calibration",
         "training",
     ),
     "peft": ("modeling",),
@@ -76,6 +78,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "plotly": ("reporting",),
     "typer": ("cli",),
     "vllm": ("engines.vllm",),
+    "lm_eval": ("lm_eval_adapter",),
 }
 FIRST_ROW_WITH_TORCH = 4
 NO_TORCH_ROWS = (0, 1, 2)

@@ -357,5 +357,19 @@ def test_only_a_folder_that_is_a_model_is_pushed(tmp_path, monkeypatch):
     assert FakeHub.calls == []
 
 
-def test_a_hub_model_is_known_by_its_name_alone():
-    assert modeling._fingerprint(None, "org/model") == hashlib.sha256(b"org/model").hexdigest()
+def test_a_hub_model_is_known_by_its_name_and_revision(tiny_model, byte_tokenizer, monkeypatch):
+    prints = []
+    for revision in ("a" * 40, "b" * 40):
+        model = tiny_model("llama")
+        model.config._commit_hash = revision
+        monkeypatch.setattr(modeling, "_load_plain", lambda *arguments, model=model: (model, byte_tokenizer))
+        prints.append(load_model("org/model").fingerprint)
+    assert prints == [hashlib.sha256(f"org/model@{letter * 40}".encode()).hexdigest() for letter in "ab"]
+
+
+def test_what_a_killed_save_left_is_removed(tiny_model, byte_tokenizer, tmp_path):
+    (tmp_path / ".saving-abc").mkdir()
+    (tmp_path / ".saving-abc" / "model.safetensors").write_bytes(b"half")
+    save_model(tiny_model("llama"), byte_tokenizer, tmp_path, base="", note="")
+    assert not list(tmp_path.glob(".saving-*"))
+    assert (tmp_path / "model.safetensors").stat().st_size > 100_000

@@ -315,6 +315,7 @@ def test_weights_and_optimizer_states_that_cannot_be_written_are_storage_errors(
         ({"rows_per_step": 1, "rows_per_device": 4}, r"rows_per_step = 1 is no multiple of 4"),
         ({"trainer": {"warmup_stepz": 3}}, "no 'warmup_stepz'; the nearest is 'warmup_steps'"),
         ({"trainer": {"max_steps": 3}}, r"sets 'max_steps', for which a recipe has a key of its own: training\.num_steps"),
+        ({"trainer": {"save_only_model": True}}, "sets 'save_only_model', with which a run could not be resumed exactly"),
         ({"schedule": "zigzag"}, "zigzag is not a valid SchedulerType, please select one of .*cosine"),
         ({"report_to": ["notepad"]}, "notepad is not supported, only .*tensorboard"),
         ({"trainer": {"optim": "magic"}}, "magic is not a valid OptimizerNames"),

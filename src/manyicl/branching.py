@@ -193,6 +193,15 @@ def judge_tokens(
     return result, is_best
 
 
+def most_probable_tokens(model: PreTrainedModel, row: FlatRow, sources: npt.ArrayLike) -> list[int]:
+    """The most probable next token after each of the row's tokens `sources`, which stand in rising order."""
+    needed = torch.from_numpy(np.asarray(sources, dtype=np.int64)).to(row.input_ids.device)
+    found: list[int] = []
+    for _, logits in _logit_chunks(model, row, needed):
+        found += logits.argmax(dim=-1).tolist()
+    return found
+
+
 def _logit_chunks(model: PreTrainedModel, row: FlatRow, needed: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first line, logits [lines, V]) of the needed tokens of the row, in the model's dtype."""
     arguments = _arguments(row)

@@ -39,8 +39,10 @@ def train(
 
     parsed = load_recipe(recipe, overrides)
     from manyicl import runs
+    from manyicl.training import leave_processes
 
     result = runs.train(parsed, resume=resume)
+    leave_processes()
     typer.echo(
         f"{result.updates} updates, {result.tokens} tokens, {result.answers} answers in {result.seconds:.0f} s "
         f"({result.tokens_per_second:.0f} tokens/s, {result.answers_per_second:.2f} answers/s), "

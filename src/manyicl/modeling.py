@@ -71,7 +71,8 @@ def load_model(name: str | Path = "default", *, dtype: Dtype = "auto", trust_rem
         return LoadedModel(model.eval(), base.tokenizer, name, base.note, fingerprint)
     source = str(folder) if folder is not None else name
     model, tokenizer = _load_plain(source, target, trust_remote_code)
-    return LoadedModel(model.eval(), tokenizer, name, note, _fingerprint(folder, name))
+    revision = getattr(model.config, "_commit_hash", None)  # Of a hub id, which can mean other weights tomorrow.
+    return LoadedModel(model.eval(), tokenizer, name, note, _fingerprint(folder, f"{name}@{revision}"))
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -150,6 +151,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
         raise ModelError("the model's config still says it is quantised. Load it through load_model, which writes plain weights.")
     with storage_errors(folder), bars_on_terminals_only():
         folder.mkdir(parents=True, exist_ok=True)
+        for left_behind in folder.glob(".saving-*"):  # By a process that was killed.
+            shutil.rmtree(left_behind)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
@@ -289,7 +292,7 @@ def _loading(source: str) -> Iterator[None]:
 
 
 def _fingerprint(folder: Path | None, seed: str) -> str:
-    """SHA-256 over a folder's weights, adapter, config and tokenizer files, or a hub id's name."""
+    """SHA-256 over a folder's weights, adapter, config and tokenizer files, or a hub id's name and revision."""
     digest = hashlib.sha256(seed.encode() if folder is None or (folder / "adapter_config.json").is_file() else b"")
     for path in sorted(folder.iterdir()) if folder is not None else ():
         if path.suffix in (".safetensors", ".json", ".jinja") and path.name not in (RUN_FILE, "summary.json"):

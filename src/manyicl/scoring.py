@@ -13,10 +13,18 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from manyicl.attention import Branches, use_shared_prefix_attention
-from manyicl.branching import check_positions, flatten_branches, log_probabilities, plan_batches, query_branch
+from manyicl.attention import LayerStates, use_shared_prefix_attention
+from manyicl.branching import (
+    Branch,
+    check_positions,
+    flatten_branches,
+    log_probabilities,
+    most_probable_tokens,
+    plan_batches,
+    query_branch,
+)
 from manyicl.label_trie import LabelTrie, TokenIds, build_trie, build_tries
-from manyicl.prefix import Prefix, run_branches
+from manyicl.prefix import Prefix
 
 __all__ = ["LabelTrie", "TokenIds", "build_trie", "generate_answers", "score_labels"]
 
@@ -100,34 +108,29 @@ def _generate_batch(
     model: PreTrainedModel, prefix: Prefix, queries: Sequence[TokenIds], terminator_id: int, max_new_tokens: int
 ) -> list[TokenIds]:
     """Greedy answers of one batch; a branch that has reached its terminator leaves the batch."""
-    device, width = model.device, max(map(len, queries))
-    input_ids = torch.zeros(len(queries), width, dtype=torch.long, device=device)
-    positions = torch.zeros_like(input_ids)
-    mask = torch.eye(width, dtype=torch.bool, device=device).repeat(len(queries), 1, 1)
-    real = torch.zeros(len(queries), width, dtype=torch.bool, device=device)
-    for line, query in enumerate(queries):
-        start = width - len(query)
-        input_ids[line, start:] = torch.tensor(query, device=device)
-        positions[line, start:] = torch.arange(len(query), device=device)
-        mask[line, start:, start:] = torch.ones(len(query), len(query), dtype=torch.bool, device=device).tril()
-        real[line, start:] = True
-    positions += prefix.num_tokens
-    branches = Branches(prefix=prefix.states, mask=mask)
+    past: dict[int, LayerStates] = {}
+    branches = [query_branch(query) for query in queries]
+    lengths = np.array([len(query) for query in queries])
+    seen = np.arange(lengths.max()) < lengths[:, None]
     answers: list[list[int]] = [[] for _ in queries]
-    active = list(range(len(queries)))
+    active = np.arange(len(queries))
     for step in range(max_new_tokens):
-        tokens = run_branches(model, input_ids, positions, branches, logits_to_keep=1)[:, -1].argmax(dim=-1)
-        going = [line for line, token in enumerate(tokens.tolist()) if token != terminator_id]
+        row = flatten_branches(branches, prefix, model.device, past=past)
+        ends = row.starts + np.array([len(branch.token_ids) for branch in branches]) - 1
+        tokens = np.array(most_probable_tokens(model, row, ends))
+        going = np.flatnonzero(tokens != terminator_id)
         for line in going:
             answers[active[line]].append(int(tokens[line]))
-        if not going or step + 1 == max_new_tokens:
+        if not len(going) or step + 1 == max_new_tokens:
             break
         if len(going) < len(active):
-            kept = torch.tensor(going, device=device)
-            tokens, positions, real = tokens[kept], positions[kept], real[kept]
-            branches.past = {layer: (key[kept], value[kept]) for layer, (key, value) in branches.past.items()}
-            active = [active[line] for line in going]
-        input_ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
-        real = torch.cat([real, real.new_ones(len(active), 1)], dim=1)
-        branches.mask = real.unsqueeze(1)
+            kept = torch.from_numpy(going).to(model.device)
+            for layer, (key, value) in past.items():
+                past[layer] = (key.index_select(0, kept), value.index_select(0, kept))
+            active, tokens, seen = active[going], tokens[going], seen[going]
+        seen = np.concatenate([seen, np.ones((len(active), 1), dtype=bool)], axis=1)
+        branches = [
+            Branch(tokens[line : line + 1], lengths[index : index + 1] + step, seen[line : line + 1])
+            for line, index in enumerate(active)
+        ]
     return [tuple(answer) for answer in answers]

@@ -59,6 +59,8 @@ _RECIPE_KEYS = {
     "load_best_model_at_end": "training.validate_checkpoints",
     "report_to": "training.report_to",
 }
+# Options that would let --resume go on with other weights than an uninterrupted run has.
+_BREAK_RESUMING = ("save_only_model", "ignore_data_skip")
 
 
 @dataclass
@@ -327,6 +329,13 @@ def train_model(
     )
 
 
+def leave_processes() -> None:
+    """End the process group that training has joined, if any; a process that exits without may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def training_arguments(training: TrainingConfig, folder: Path, *, seed: int, validate: bool) -> TrainingArguments:
     """TrainingArguments of a recipe's section, extended by its `trainer` mapping; joins the processes that torchrun started.
 
@@ -343,6 +352,8 @@ def training_arguments(training: TrainingConfig, folder: Path, *, seed: int, val
         if name not in known:
             nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise RecipeError(f"training.trainer: TrainingArguments has no {name!r}; the nearest is {nearest!r}.")
+        if name in _BREAK_RESUMING:
+            raise RecipeError(f"training.trainer sets {name!r}, with which a run could not be resumed exactly. Leave it out.")
         if name in _RECIPE_KEYS:
             raise RecipeError(f"training.trainer sets {name!r}, for which a recipe has a key of its own: {_RECIPE_KEYS[name]}.")
     try:

@@ -253,7 +253,8 @@ class ManyShotEstimator(BaseEstimator):  # type: ignore[misc]
         longest example, at most a quarter of the context.
         """
         context = engine.context_tokens
-        longest = max(len(engine.encoder.encode_query(example.input)) for example in library)
+        inputs = [*(example.input for example in library), *self._context_inputs(library)]
+        longest = max(len(engine.encoder.encode_query(text)) for text in inputs)
         room = context - min(longest, context // 4) - self._answer_tokens(engine, library)
         if self.selection == "hybrid":
             room -= min(self.num_nearest * max(lengths), context // 4)
@@ -285,6 +286,10 @@ class ManyShotEstimator(BaseEstimator):  # type: ignore[misc]
                 f"examples take {min(lengths)} to {max(lengths)} tokens. Give a larger context_tokens, or shorter texts."
             )
         return len(lengths) - num_seen
+
+    def _context_inputs(self, library: Sequence[Example]) -> list[str]:
+        """Inputs besides those of queries that are placed behind the block."""
+        return []
 
     def _answer_tokens(self, engine: NativeEngine, library: Sequence[Example]) -> int:
         """Tokens that the longest possible answer takes, its terminator included."""

@@ -1,6 +1,6 @@
 """What the tests of the estimators share: texts with labels, and label scores of whole prompts without any cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from manyicl import Encoder
+from manyicl import Encoder, ManyShotClassifier, ManyShotGenerator
+from manyicl.estimator import shared_models
 from manyicl.modeling import load_tokenizer
 
 LABELS = ("music", "travel", "weather")
@@ -67,3 +68,35 @@ class UncachedModel:
                 break
             ids.append(token)
         return str(self.encoder.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)).strip()
+
+
+def classifier(folder: Path, **parameters: Any) -> ManyShotClassifier:
+    return ManyShotClassifier(str(folder), **({"dtype": "float32", "random_state": 0} | parameters))
+
+
+def generator(folder: Path, **parameters: Any) -> ManyShotGenerator:
+    return ManyShotGenerator(str(folder), **({"dtype": "float32", "random_state": 0} | parameters))
+
+
+def block(model: Any, order: int = 0) -> list[tuple[str, str]]:
+    return [(model.library_[position].input, model.library_[position].answer) for position in model.blocks_[order]]
+
+
+def count_forward_tokens(folder: Path, call: Callable[[], Any]) -> int:
+    """Tokens that the shared model is fed while `call` runs, padding included."""
+    fed = []
+    model = shared_models.share_model(folder, "float32").loaded.model
+    hook = model.register_forward_pre_hook(lambda _, __, options: fed.append(options["input_ids"].numel()), with_kwargs=True)
+    try:
+        call()
+    finally:
+        hook.remove()
+    return sum(fed)
+
+
+def seen_by(model: Any, query: str) -> list[tuple[str, str]]:
+    """The demonstrations of a query, from the definition: the block, then the most similar others, the most similar last."""
+    (scores,) = model._similarity().scores([query])
+    ranked = sorted(range(len(scores)), key=lambda position: (-scores[position], model._tie_break.index(position)))
+    outside = [position for position in ranked if position not in model.blocks_[0]][: model.num_nearest]
+    return block(model) + [(model.library_[position].input, model.library_[position].answer) for position in outside[::-1]]

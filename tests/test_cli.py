@@ -53,7 +53,7 @@ def test_train_then_use_the_run_everywhere(run, recipe, tiny_model_folder, tmp_p
     assert len(found) == 12
     assert {record.num_queries for record in found} == {3}
     assert output.splitlines()[-1] == f"records: {records}"
-    for shown in ("┃ 0 ", "┃ 2 ", "┃ max ", "mean over tasks", "2 order(s) of demonstrations"):
+    for shown in (" 0 ┃", " 2 ┃", " max ┃", "mean over tasks", "2 order(s) of demonstrations"):
         assert shown in output
 
     code, output, _ = run("export", tuned, tmp_path / "plain")

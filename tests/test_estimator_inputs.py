@@ -175,7 +175,7 @@ def test_a_class_may_be_named_before_it_is_shown(make: Callable[..., Any]) -> No
         ),
         (
             {"calibration": "contextual", "selection": "hybrid"},
-            r"^calibration='contextual' measures labels after the block alone",
+            r"^calibration='contextual' measures labels after the block alone, but",
         ),
         ({"format": "xml"}, r"^format='xml' is unknown\. Use one of 'plain', 'chat'"),
         ({"n_estimators": 0}, r"^n_estimators=0 must be a whole number of at least 1\."),

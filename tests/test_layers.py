@@ -274,7 +274,7 @@ def test_every_imported_library_is_a_declared_dependency() -> None:
         for module, path in module_names().items()
         for name, _ in imported_names(path.read_text(encoding="utf-8"), module=module)
     }
-    renamed = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    renamed = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
     libraries = {renamed.get(name, name) for name in imported - sys.stdlib_module_names - {"manyicl"}}
     assert {"torch", "transformers", "pyyaml"} <= libraries
     assert libraries - declared == set()

@@ -304,15 +304,14 @@ def test_a_read_only_store_is_read(store: PrefixStore, monkeypatch: pytest.Monke
     assert store.get("0" * 64) is None
 
 
-def hammer(folder: str, worker: int, max_bytes: int, seconds: float, results: Any) -> None:
-    """Put and get at random until time is up; report what was seen."""
+def hammer(folder: str, worker: int, max_bytes: int, num_steps: int, results: Any) -> None:
+    """Get at random, put what is absent, and report what was seen."""
     store, rng = PrefixStore(Path(folder), max_bytes=max_bytes), random.Random(worker)
     keys = [prefix_key(FACTS, make_prefix(seed).token_ids) for seed in range(8)]
     counts = {"hits": 0, "puts": 0, "wrong": 0, "damaged": 0}
     prefix_store.logger.addFilter(lambda record: bool(counts.update(damaged=counts["damaged"] + 1)))
     kept: list[tuple[int, Prefix]] = []
-    stop = time.monotonic() + seconds
-    while time.monotonic() < stop:
+    for _ in range(num_steps):
         seed = rng.randrange(8)
         found = store.get(keys[seed])
         if found is None:
@@ -350,14 +349,15 @@ def test_processes_that_share_a_store_never_see_half_an_entry(processes: Any, tm
     max_bytes = 3 * probe.num_bytes + 100
     results = processes.Queue()
     workers = [
-        processes.Process(target=hammer, args=(str(tmp_path / "store"), worker, max_bytes, 3.0, results)) for worker in range(3)
+        processes.Process(target=hammer, args=(str(tmp_path / "store"), worker, max_bytes, 200, results)) for worker in range(3)
     ]
     for worker in workers:
         worker.start()
-    counts = [results.get(timeout=60) for _ in workers]
+    counts = [results.get(timeout=300) for _ in workers]
     for worker in workers:
-        worker.join(timeout=30)
+        worker.join(timeout=300)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    # Three of eight entries fit: whatever the processes' pace, some of 200 are found and some are not.
     assert all(own["hits"] > 10 and own["puts"] > 10 for own in counts), counts
     assert sum(own["wrong"] + own["damaged"] for own in counts) == 0, counts
     store = PrefixStore(tmp_path / "store", max_bytes=max_bytes)
@@ -373,10 +373,10 @@ def test_killed_writers_leave_a_store_that_works(processes: Any, tmp_path: Path)
         started = processes.Event()
         writer = processes.Process(target=write_forever, args=(str(tmp_path), started))
         writer.start()
-        assert started.wait(timeout=60)
+        assert started.wait(timeout=300)
         time.sleep(pause)
         os.kill(writer.pid, signal.SIGKILL)
-        writer.join(timeout=30)
+        writer.join(timeout=300)
     found = {key: store.get(key) for key in list(store.keys())}
     assert found
     assert all(entry is not None and is_made_of(entry[0], entry[0].token_ids[0]) for entry in found.values())

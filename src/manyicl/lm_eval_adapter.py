@@ -9,7 +9,7 @@ task says `fewshot_config: {sampler: first_n}`.
 
     python -m manyicl.lm_eval_adapter run --model manyicl --model_args model=default --tasks TASK --num_fewshot 64
 
-lm-eval is no requirement of manyicl: pip install lm-eval.
+The extra `lm-eval` installs the harness.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise ModelError("lm-eval is not installed. Type: pip install lm-eval") from error
+    raise ModelError("lm-eval is not installed. Type: pip install 'manyicl[lm-eval]'") from error
 
 MIN_SHARED_TOKENS = 32
 

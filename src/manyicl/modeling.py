@@ -28,6 +28,16 @@ from manyicl.errors import ModelError
 from manyicl.files import hash_file, storage_errors, write_json_atomic
 
 RUN_FILE = "manyicl.json"
+# JSON files that decide what a model answers; a run's own (its summary, its measured speed) do not.
+_FINGERPRINTED = (
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 
@@ -295,6 +305,6 @@ def _fingerprint(folder: Path | None, seed: str) -> str:
     """SHA-256 over a folder's weights, adapter, config and tokenizer files, or a hub id's name and revision."""
     digest = hashlib.sha256(seed.encode() if folder is None or (folder / "adapter_config.json").is_file() else b"")
     for path in sorted(folder.iterdir()) if folder is not None else ():
-        if path.suffix in (".safetensors", ".json", ".jinja") and path.name not in (RUN_FILE, "summary.json"):
+        if path.suffix in (".safetensors", ".jinja", ".model", ".txt") or path.name in _FINGERPRINTED:
             digest.update(f"{path.name}:{hash_file(path)}\n".encode())
     return digest.hexdigest()

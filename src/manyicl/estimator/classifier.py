@@ -47,8 +47,8 @@ class ManyShotClassifier(ClassifierMixin, ManyShotEstimator):  # type: ignore[mi
             log-probability of the words any more.
         calibration: What is taken off a label's score for what the model says without the query; None for nothing. "contextual":
             the mean share of the label after content-free inputs. "domain_context": after 20 inputs of random words of the
-            demonstrations. "mutual_information": its score after an empty input. Costs 3, 20 or 1 more queries per call and order;
-            wins where a model favours a label whatever it reads. Only with selection "random". See `manyicl.calibration`.
+            demonstrations. "mutual_information": its score after an empty input. Costs 3, 20 or 1 more queries per call and
+            order; wins where a model favours a label whatever it reads. Only with selection "random". See `manyicl.calibration`.
         dtype: "auto", "bfloat16" or "float32".
         random_state: Seeds the order of demonstrations, and which of them are in the block when not all fit.
 
@@ -189,8 +189,8 @@ class ManyShotClassifier(ClassifierMixin, ManyShotEstimator):  # type: ignore[mi
             raise DataError(f"calibration={self.calibration!r} is unknown. Use one of {', '.join(map(repr, known))}.")
         if self.calibration is not None and self.selection != "random":
             raise DataError(
-                f"calibration={self.calibration!r} measures labels after the block alone, which selection={self.selection!r} does "
-                "not score queries after. Use selection='random', or calibration=None."
+                f"calibration={self.calibration!r} measures labels after the block alone, but selection={self.selection!r} puts "
+                "retrieved demonstrations before each query. Use selection='random', or calibration=None."
             )
 
     @staticmethod

@@ -19,12 +19,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from manyicl.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from manyicl.records import read_records
 from manyicl.reporting.terminal import markdown_curves
+from manyicl.tasks.readers import load_suite
 
 RECIPE = "recipes/real.yaml"
 RATES = [2.0e-4, 6.0e-4, 2.0e-3]
@@ -71,8 +73,8 @@ def search_rate(bench: Bench, work: Path, tasks: str) -> tuple[float, dict[float
     return min(losses, key=losses.__getitem__), losses
 
 
-def write_page(work: Path, output: Path, losses: dict[float, float], bench: Bench) -> None:
-    """Write the page and, beside it, the records and figures that it is made from."""
+def write_page(work: Path, output: Path, losses: dict[float, float], bench: Bench, *, held_out: Sequence[str]) -> None:
+    """Write the page and, beside it, the records and figures that it is made from; tasks that are not done are named."""
     facts = {name: _read_json(work / "tuned" / f"{name}.json") for name in ("speed", "run", "summary")}
     facts |= {"corpora": _read_json(work / "corpora.json"), "commands": bench.commands}
     folder = output / "foundation"
@@ -81,7 +83,14 @@ def write_page(work: Path, output: Path, losses: dict[float, float], bench: Benc
     for name, content in facts.items():
         write_json_atomic(folder / f"{name}.json", content)
     records = read_records(work / "records.jsonl")
-    shown = [record.model_copy(update={"model": "base" if record.model == "default" else "tuned"}) for record in records]
+    cells = {name: {record.key[1:] for record in records if record.task == name} for name in held_out}
+    done = [name for name in held_out if _is_done(cells[name])]
+    open_tasks = [name for name in held_out if name not in done]
+    shown = [
+        record.model_copy(update={"model": "base" if record.model == "default" else "tuned"})
+        for record in records
+        if record.task in done
+    ]
     machine, note = facts["speed"]["machine"], facts["run"]["model"]["note"]
     lines = [
         "# The foundation's result: base against many-shot tuned on held-out tasks",
@@ -95,6 +104,7 @@ def write_page(work: Path, output: Path, losses: dict[float, float], bench: Benc
         "Tasks that were neither trained on nor chose anything. The context is 8,192 tokens, where rows in training had",
         "2,048: `max` asks for more than was trained. A dash, or a count of tasks, marks shot counts that do not fit.",
         "",
+        *([f"Not evaluated yet, and not in this table: {', '.join(open_tasks)}.", ""] if open_tasks else []),
         markdown_curves(shown),
         "",
         *_training_lines(facts, losses),
@@ -115,6 +125,15 @@ def write_page(work: Path, output: Path, losses: dict[float, float], bench: Benc
         "",
     ]
     write_text_atomic(output / "foundation.md", "\n".join(lines))
+
+
+def _is_done(cells: set[tuple[object, ...]]) -> bool:
+    """Whether both models have the same cells of a task, `max` of each of three orders among them."""
+    by_model: dict[object, set[tuple[object, ...]]] = {}
+    for model, *cell in cells:
+        by_model.setdefault(model, set()).add(tuple(cell))
+    first, *others = by_model.values() or [set()]
+    return len(others) == 1 and others[0] == first and sum("max" in cell for cell in first) == 3
 
 
 def _training_lines(facts: dict[str, Any], losses: dict[float, float]) -> list[str]:
@@ -166,6 +185,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="../shared/data", help="folder of the suite, with a folder `corpus` of plain texts")
     parser.add_argument("--work", type=Path, default=Path("runs/foundation"), help="runs and records")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="where the page goes")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the records there are")
     options = parser.parse_args()
     work, tuned = options.work, options.work / "tuned"
     work.mkdir(parents=True, exist_ok=True)
@@ -177,9 +197,12 @@ def main() -> None:
     texts = [part for path in sorted(Path(options.tasks, "corpus").glob("*.txt")) for part in ("--text", str(path))]
     models = ["--model", "default", "--model", str(tuned)]
     bench.run("corpora", ["manyicl", "corpus", *models, *texts, "--output", str(work / "corpora.json")])
+    held_out = load_suite(options.tasks).held_out
+    if options.page:
+        return write_page(work, options.output, losses, bench, held_out=held_out)
     evaluation = ["--tasks", options.tasks, "--shots", SHOTS, "--seeds", "3", "--queries", "100"]
     bench.run("evaluate", ["manyicl", "evaluate", *models, *evaluation, "--output", str(work / "records.jsonl")])
-    write_page(work, options.output, losses, bench)
+    write_page(work, options.output, losses, bench, held_out=held_out)
     print(f"written to {options.output / 'foundation.md'}")
 
 

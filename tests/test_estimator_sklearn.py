@@ -186,7 +186,7 @@ def test_cross_validation_loads_the_model_once(classifier: ManyShotClassifier, m
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("num_jobs", [1, 2])
+@pytest.mark.parametrize("num_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_grid_search(classifier: ManyShotClassifier, num_jobs: int) -> None:
     grid = {"selection": ["random", "nearest"], "num_nearest": [2], "num_shots": [3, None]}
     search = GridSearchCV(classifier, grid, cv=2, n_jobs=num_jobs, scoring="neg_log_loss").fit(TEXTS, ANSWERS)

@@ -50,7 +50,7 @@ def start(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
         return done.returncode, done.stdout + done.stderr
 

@@ -18,9 +18,9 @@ from model_fixtures import largest_difference, make_recipe, write_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-# Notes every row that the model is fed, and by which process; then runs the recipe as the command line does.
+# Notes every row that the model is fed, and by which process; the second process is late with its part of a checkpoint.
 DRIVER = """
-import os, sys
+import os, sys, time
 from manyicl import training
 from manyicl.cli import main
 
@@ -31,6 +31,12 @@ def noted(trainer, model, inputs, *arguments, **options):
         notes.write(f"{trainer.state.global_step} {tokens}\\n")
     return step(trainer, model, inputs, *arguments, **options)
 training.ManyShotTrainer.training_step = noted
+
+save = training.Trainer._save_rng_state
+def save_late(trainer, folder):
+    time.sleep(0.5 * trainer.args.process_index)
+    save(trainer, folder)
+training.Trainer._save_rng_state = save_late
 sys.argv[0] = "manyicl"
 main()
 """
@@ -97,8 +103,8 @@ def test_two_processes_are_one_and_resume_as_one(start, tiny_model_folder, suite
         logs.append([entry[key] for entry in history for key in sorted(entry) if key.startswith(("loss/", "eval_loss"))])
     assert len(logs[0]) > 8
     assert logs[0] == pytest.approx(logs[1], abs=2e-4)  # Rounded to four places.
-    states = {path.name for path in list_checkpoints(outputs[2] / "checkpoints")[-1].glob("rng_state*")}
-    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+    manifest = json.loads((list_checkpoints(outputs[2] / "checkpoints")[-1] / "manifest.json").read_text())
+    assert {name for name in manifest if name.startswith("rng_state")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
     # Resumed from the first checkpoint, both processes go on with the rows that are left, to the last bit.
     summary, before = two, weights[1]

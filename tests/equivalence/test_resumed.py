@@ -91,7 +91,9 @@ def launch(environment):
 
     def run(arguments, log, *, kill=None):
         print(json.dumps({"arguments": arguments, "log": str(log), "kill": kill}), file=launcher.stdin, flush=True)
-        return int(launcher.stdout.readline()), log.read_text()
+        reply = launcher.stdout.readline()
+        assert reply, f"the launcher ended with {launcher.wait(timeout=60)}"
+        return int(reply), log.read_text()
 
     with launcher:
         yield run

@@ -59,14 +59,6 @@ def training_operations(config: Any, row_tokens: list[int], *, targets: int, lor
     return float(linear + attention + head)
 
 
-def inference_operations(config: Any, tokens: int, *, prefix_tokens: int, branch_tokens: int, logits: int) -> float:
-    """Operations that `tokens` new tokens need in branches of `branch_tokens` behind a shared prefix; causal half inside."""
-    layers, shapes = config.num_hidden_layers, linear_shapes(config)
-    linear = 2 * tokens * layers * sum(i * o for i, o in shapes)
-    attention = 4 * tokens * (prefix_tokens + branch_tokens / 2) * shapes[0][1] * layers
-    return float(linear + attention + 2 * logits * config.hidden_size * config.vocab_size)
-
-
 def describe_machine() -> dict[str, Any]:
     """Processor, threads and versions, as they stand in every result."""
     import transformers

@@ -254,3 +254,19 @@ def suite_folder(tmp_path: Path, task_folder: Callable[..., Path]) -> Callable[.
         return folder
 
     return build
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit code, output, errors."""
+    from manyicl import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["manyicl", "--quiet", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(raised.value.code or 0), captured.out, captured.err
+
+    return run

@@ -13,29 +13,14 @@ from model_fixtures import make_recipe, write_recipe
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: exit code, output, errors."""
-
-    def run_command(*arguments):
-        monkeypatch.setattr("sys.argv", ["manyicl", "--quiet", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as raised:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(raised.value.code or 0), captured.out, captured.err
-
-    return run_command
-
-
-@pytest.fixture
 def recipe(tiny_model_folder, suite_folder, tmp_path):
     made = make_recipe(tiny_model_folder("llama"), suite_folder(), tmp_path / "run", training={"num_steps": 2})
     return write_recipe(tmp_path / "recipe.yaml", made)
 
 
-def test_train_then_use_the_run_everywhere(run, recipe, tiny_model_folder, tmp_path, monkeypatch):
+def test_train_then_use_the_run_everywhere(run_cli, recipe, tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # Wide enough for a table without broken lines.
-    code, output, _ = run("train", recipe)
+    code, output, _ = run_cli("train", recipe)
     assert code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert output.startswith(f"2 updates, {summary['tokens']} tokens, {summary['answers']} answers in ")
@@ -44,7 +29,7 @@ def test_train_then_use_the_run_everywhere(run, recipe, tiny_model_folder, tmp_p
     base, tuned, suite = tiny_model_folder("llama"), tmp_path / "run", tmp_path / "suite"
     records = tmp_path / "records.jsonl"
     options = ("--tasks", suite, "--shots", "0,2,max", "--seeds", 2, "--queries", 3, "--context", 200)
-    code, output, _ = run("evaluate", "--model", base, "--model", tuned, *options, "--output", records)
+    code, output, _ = run_cli("evaluate", "--model", base, "--model", tuned, *options, "--output", records)
     assert code == 0
     found = read_records(records)
     assert sorted((record.model, record.shots, record.seed) for record in found if record.shots != "max") == sorted(
@@ -56,20 +41,20 @@ def test_train_then_use_the_run_everywhere(run, recipe, tiny_model_folder, tmp_p
     for shown in (" 0 ┃", " 2 ┃", " max ┃", "mean over tasks", "2 order(s) of demonstrations"):
         assert shown in output
 
-    code, output, _ = run("export", tuned, tmp_path / "plain")
+    code, output, _ = run_cli("export", tuned, tmp_path / "plain")
     assert (code, output) == (0, f"written to {tmp_path / 'plain'}\n")
     assert load_model(tmp_path / "plain").fingerprint != load_model(base).fingerprint
 
     demonstrations = write_rows(tmp_path / "d.jsonl", [{"input": f"n {n}", "label": "ab"[n % 2]} for n in range(6)])
     queries = write_rows(tmp_path / "q.jsonl", [{"input": "n 9"}, {"input": "n 10"}])
     files = ("--demonstrations", demonstrations, "--queries", queries, "--output", tmp_path / "a.jsonl")
-    code, output, _ = run("predict", "--model", tuned, *files)
+    code, output, _ = run_cli("predict", "--model", tuned, *files)
     assert (code, output) == (0, f"2 answers from 6 of 6 demonstrations; written to {tmp_path / 'a.jsonl'}\n")
     assert [json.loads(line)["answer"] in "ab" for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [True, True]
 
     (tmp_path / "text.txt").write_text("plain text " * 20)
     models = ("--model", base, "--model", tuned)
-    code, output, _ = run("corpus", *models, "--text", tmp_path / "text.txt", "--window", 32, "--output", tmp_path / "c.json")
+    code, output, _ = run_cli("corpus", *models, "--text", tmp_path / "text.txt", "--window", 32, "--output", tmp_path / "c.json")
     results = json.loads((tmp_path / "c.json").read_text())["results"]
     assert code == 0
     assert output.splitlines() == [
@@ -79,38 +64,38 @@ def test_train_then_use_the_run_everywhere(run, recipe, tiny_model_folder, tmp_p
     assert results[0]["bits_per_byte"] != results[1]["bits_per_byte"]
 
 
-def test_overrides_and_resume(run, recipe, tmp_path):
+def test_overrides_and_resume(run_cli, recipe, tmp_path):
     output = tmp_path / "other"
-    assert run("train", recipe, f"output={output}", "training.num_steps=3")[0] == 0
+    assert run_cli("train", recipe, f"output={output}", "training.num_steps=3")[0] == 0
     assert json.loads((output / "summary.json").read_text())["updates"] == 3
-    code, _, errors = run("train", recipe, f"output={output}", "training.num_steps=3")
+    code, _, errors = run_cli("train", recipe, f"output={output}", "training.num_steps=3")
     assert code == 2
     assert errors == f"error: {output}: holds a run already. Add --resume to go on with it, or choose another output.\n"
-    code, shown, _ = run("train", recipe, f"output={output}", "training.num_steps=3", "--resume")
+    code, shown, _ = run_cli("train", recipe, f"output={output}", "training.num_steps=3", "--resume")
     assert code == 0
     assert shown.startswith("3 updates, ")
-    code, _, errors = run("train", recipe, f"output={output}", "training.num_steps=4", "--resume")
+    code, _, errors = run_cli("train", recipe, f"output={output}", "training.num_steps=4", "--resume")
     assert code == 2
     assert "was started with another recipe (training.num_steps: 3 -> 4)" in errors
 
 
-def test_inspect_shows_a_row_as_it_is_fed(run, recipe):
-    code, output, _ = run("inspect", recipe, "--row", 1, "--json")
+def test_inspect_shows_a_row_as_it_is_fed(run_cli, recipe):
+    code, output, _ = run_cli("inspect", recipe, "--row", 1, "--json")
     assert code == 0
     shown = json.loads(output)
-    assert shown != json.loads(run("inspect", recipe, "--row", 0, "--json")[1])
-    code, output, _ = run("inspect", recipe)
+    assert shown != json.loads(run_cli("inspect", recipe, "--row", 0, "--json")[1])
+    code, output, _ = run_cli("inspect", recipe)
     assert code == 0
     assert "Answer:" in output
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserInputError("the message"), 2), (CheckpointError("the message"), 1)])
-def test_errors_end_with_their_code_and_message_and_no_traceback(run, recipe, monkeypatch, error, code):
+def test_errors_end_with_their_code_and_message_and_no_traceback(run_cli, recipe, monkeypatch, error, code):
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(runs, "train", fail)
-    assert run("train", recipe) == (code, "", "error: the message\n")
+    assert run_cli("train", recipe) == (code, "", "error: the message\n")
 
 
 @pytest.mark.parametrize(

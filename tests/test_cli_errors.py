@@ -11,25 +11,9 @@ import pytest
 import yaml
 
 from conftest import write_rows
-from manyicl import cli
 
 ROWS = [{"text": f"text {number}", "label": ("yes", "no")[number % 2]} for number in range(8)]
 DESCRIPTION = {"input": "{text}", "answer": "label", "labels": ["yes", "no"]}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: exit code, output, errors."""
-
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["manyicl", "--quiet", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as raised:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(raised.value.code or 0), captured.out, captured.err
-
-    return run_command
 
 
 @pytest.fixture
@@ -106,12 +90,12 @@ OPTIONS = {"input": "{text}", "answer": "label", "options": "options"}
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "train"])
-def test_wrong_tasks_recipes_and_budgets(run, suite, tmp_path, tiny_model_folder, command, files, overrides, message) -> None:
+def test_wrong_tasks_recipes_and_budgets(run_cli, suite, tmp_path, tiny_model_folder, command, files, overrides, message) -> None:
     folder = suite(**files)
     recipe = tmp_path / "recipe.yaml"
     content = {"model": str(tiny_model_folder()), "tasks": str(folder), "output": str(tmp_path / "run")}
     recipe.write_text(yaml.safe_dump(content | {"training": {"num_steps": 1, "dtype": "float32"}}))
-    code, output, errors = run(command, recipe, "episodes.max_tokens=256", *overrides)
+    code, output, errors = run_cli(command, recipe, "episodes.max_tokens=256", *overrides)
     assert (code, output) == (2, "")
     assert errors.startswith("error: ")
     assert message in errors
@@ -126,11 +110,11 @@ def test_wrong_tasks_recipes_and_budgets(run, suite, tmp_path, tiny_model_folder
         (["x", ""], "the answer '' is empty. Every example needs an answer; remove it or fill it in."),
     ],
 )
-def test_options_that_cannot_be_told_apart(run, suite, tmp_path, tiny_model_folder, options, message) -> None:
+def test_options_that_cannot_be_told_apart(run_cli, suite, tmp_path, tiny_model_folder, options, message) -> None:
     train = [{"text": f"t{number}", "label": "x", "options": ["x", f"y{number}"]} for number in range(4)]
     folder = suite(task=OPTIONS, train=train, test=[{"text": "q", "label": "x", "options": options}])
     records = tmp_path / "records.jsonl"
-    code, output, errors = run(
+    code, output, errors = run_cli(
         "evaluate", "--model", tiny_model_folder(), "--tasks", folder, "--role", "all", "--shots", "1", "--output", records
     )
     assert (code, output) == (2, "")
@@ -151,7 +135,7 @@ def test_options_that_cannot_be_told_apart(run, suite, tmp_path, tiny_model_fold
 )
 @pytest.mark.parametrize("command", ["inspect", "train"])
 def test_tokenizers_without_end_token_or_template(
-    run, suite, tmp_path, tiny_model_folder, make_tokenizer, command, tokenizer, overrides, message
+    run_cli, suite, tmp_path, tiny_model_folder, make_tokenizer, command, tokenizer, overrides, message
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_folder(), model)
@@ -160,23 +144,23 @@ def test_tokenizers_without_end_token_or_template(
     make_tokenizer(**tokenizer).save_pretrained(model)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(model), "tasks": str(suite()), "output": str(tmp_path / "run")}))
-    code, output, errors = run(command, recipe, "episodes.max_tokens=256", *overrides)
+    code, output, errors = run_cli(command, recipe, "episodes.max_tokens=256", *overrides)
     assert (code, output) == (2, "")
     assert message in errors
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_folder_without_weights(run, suite, tmp_path, tiny_model_folder) -> None:
+def test_a_model_folder_without_weights(run_cli, suite, tmp_path, tiny_model_folder) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_folder(), model)
     (model / "model.safetensors").unlink()
-    code, _, errors = run("evaluate", "--model", model, "--tasks", suite(), "--role", "all", "--output", tmp_path / "r.jsonl")
+    code, _, errors = run_cli("evaluate", "--model", model, "--tasks", suite(), "--role", "all", "--output", tmp_path / "r.jsonl")
     assert code == 2
     assert f"error: {model}: holds no model (config.json and *.safetensors)." in errors
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_a_full_disk_leaves_the_old_answers(run, tmp_path, tiny_model_folder, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_old_answers(run_cli, tmp_path, tiny_model_folder, monkeypatch) -> None:
     demonstrations = write_rows(tmp_path / "demonstrations.jsonl", ROWS)
     queries = write_rows(tmp_path / "queries.jsonl", [{"text": "text"}])
     answers = tmp_path / "answers.jsonl"
@@ -187,21 +171,21 @@ def test_a_full_disk_leaves_the_old_answers(run, tmp_path, tiny_model_folder, mo
 
     monkeypatch.setattr(os, "fsync", fail)
     files = ("--demonstrations", demonstrations, "--queries", queries, "--output", answers)
-    code, output, errors = run("predict", "--model", tiny_model_folder(), *files)
+    code, output, errors = run_cli("predict", "--model", tiny_model_folder(), *files)
     assert (code, output) == (2, "")
     assert f"error: {answers}: cannot be written (No space left on device). Free some space or choose a folder" in errors
     assert answers.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "demonstrations.jsonl", "queries.jsonl"]
 
 
-def test_a_cache_folder_that_cannot_be_written(run, suite, tmp_path, monkeypatch) -> None:
+def test_a_cache_folder_that_cannot_be_written(run_cli, suite, tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "cache").write_text("in the way")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("MANYICL_CACHE", str(tmp_path / "cache"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(tmp_path / "model.gguf"), "tasks": str(suite())}))
-    code, _, errors = run("inspect", recipe)
+    code, _, errors = run_cli("inspect", recipe)
     assert code == 2
     assert f"error: {tmp_path / 'cache'}: cannot be written (" in errors
     assert (tmp_path / "cache").read_text() == "in the way"
@@ -220,17 +204,17 @@ def test_a_cache_folder_that_cannot_be_written(run, suite, tmp_path, monkeypatch
         (["predict", "--model", "m", "--demonstrations", "d.jsonl", "--queries", "q", "--output", "o"], "d.jsonl: no such file."),
     ],
 )
-def test_wrong_arguments(run, tmp_path, monkeypatch, arguments, message) -> None:
+def test_wrong_arguments(run_cli, tmp_path, monkeypatch, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
-    code, output, errors = run(*arguments)
+    code, output, errors = run_cli(*arguments)
     assert (code, output) == (2, "")
     assert f"error: {message}" in errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_prints_every_finding_and_ends_with_1(run, suite) -> None:
+def test_check_prints_every_finding_and_ends_with_1(run_cli, suite) -> None:
     folder = suite(train=lines(*ROWS, b"{", {"text": "x", "label": "maybe"}), test=[{"text": "Text 0", "label": "yes"}])
-    code, output, _ = run("tasks", "check", folder)
+    code, output, _ = run_cli("tasks", "check", folder)
     assert code == 1
     assert output.splitlines() == [
         f"error: {folder}/t/train.jsonl:9: broken JSON: broken JSON at column 2: "
@@ -242,7 +226,7 @@ def test_check_prints_every_finding_and_ends_with_1(run, suite) -> None:
     ]
 
 
-def test_check_against_a_second_suite(run, suite, tmp_path) -> None:
+def test_check_against_a_second_suite(run_cli, suite, tmp_path) -> None:
     words = "one two three four five six seven eight nine ten"
     rows = [{"text": f"{words} {number}", "label": ("yes", "no")[number % 2]} for number in range(6)]
     other = tmp_path / "other"
@@ -251,8 +235,8 @@ def test_check_against_a_second_suite(run, suite, tmp_path) -> None:
     )
     folder = suite(train=rows, test=[])
     (folder / "t" / "test.jsonl").unlink()
-    assert run("tasks", "check", folder)[:2] == (0, "0 error(s), 0 warning(s)\n")
-    code, output, _ = run("tasks", "check", folder, "--against", other)
+    assert run_cli("tasks", "check", folder)[:2] == (0, "0 error(s), 0 warning(s)\n")
+    code, output, _ = run_cli("tasks", "check", folder, "--against", other)
     assert code == 0
     assert output.splitlines() == [
         f"warning: {folder}/t/train.jsonl:1: shared between suites: 6 examples share text with other "

@@ -1,3 +1,5 @@
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -312,3 +314,32 @@ def test_sampled_episodes_fit_their_budget_in_tokens(byte_tokenizer, small_task)
             length = len(encode_episode(drawn, encoder).token_ids)
             longest = max(encoder.count_example(example.input, example.answer) for example in task.train)
             assert max_tokens - longest < length <= max_tokens
+
+
+class SlowTokenizer:
+    """Keeps an option between setting it and using it, as transformers' tokenizers do."""
+
+    bos_token_id, eos_token_id = None, 2
+    all_special_ids = (2,)
+    chat_template = None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False) -> dict[str, list[int]]:
+        self.option = split_special_tokens
+        time.sleep(0.001)
+        return {"input_ids": [int(self.option)]}
+
+
+def test_encoders_of_one_tokenizer_use_it_one_thread_at_a_time() -> None:
+    tokenizer = SlowTokenizer()
+    found: dict[bool, set[tuple[int, ...]]] = {}
+
+    def encode(is_markup: bool) -> None:
+        encoder = Encoder(tokenizer)
+        found[is_markup] = {encoder._tokenize(f"text {number}", is_markup) for number in range(50)}
+
+    threads = [threading.Thread(target=encode, args=(is_markup,)) for is_markup in (False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {True: {(0,)}, False: {(1,)}}

@@ -4,7 +4,6 @@ import copy
 import pickle
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,30 +50,6 @@ def test_two_threads_give_the_answers_of_one(folder: Path) -> None:
     assert sorted(found) == list(range(12))
     for number, scores in enumerate(expected):
         np.testing.assert_allclose(found[number], scores, rtol=0, atol=1e-6)
-
-
-class SlowTokenizer:
-    """Keeps an option between setting it and using it, as transformers' tokenizers do."""
-
-    def __call__(self, text: str, *, split_special_tokens: bool) -> dict[str, list[int]]:
-        self.option = split_special_tokens
-        time.sleep(0.001)
-        return {"input_ids": [int(self.option)]}
-
-
-def test_a_shared_tokenizer_is_used_by_one_thread_at_a_time() -> None:
-    tokenizer = shared_models.LockedTokenizer(SlowTokenizer())
-    found: dict[bool, set[int]] = {}
-
-    def encode(option: bool) -> None:
-        found[option] = {tokenizer("text", split_special_tokens=option)["input_ids"][0] for _ in range(50)}
-
-    threads = [threading.Thread(target=encode, args=(option,)) for option in (False, True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {False: {0}, True: {1}}
 
 
 @pytest.mark.parametrize("parameters", [{}, {"selection": "hybrid", "num_shots": 6}, {"fit_mode": "lazy"}])

@@ -9,6 +9,7 @@ cannot occur inside an answer. Sees the tokenizer through a small Protocol; load
     target      .         .          x        x          .    .        .          x        x          .
 """
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,8 @@ from typing import Any, Literal, Protocol
 from manyicl.episodes import Episode
 from manyicl.errors import ModelError, TaskError
 from manyicl.templates import PLAIN, Layout, Role
+
+_tokenizer_lock = threading.Lock()
 
 
 class Tokenizer(Protocol):
@@ -94,7 +97,8 @@ class Sequence:
 class Encoder:
     """Turns text into the token ids that a model is trained on and queried with.
 
-    Costs one tokenizer call per new text; the last 65,536 texts are remembered.
+    Costs one tokenizer call per new text; the last 65,536 texts are remembered. Threads may share an encoder, or have encoders
+    that share a tokenizer.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -120,7 +124,7 @@ class Encoder:
     def _tokenize_uncached(self, text: str, is_markup: bool) -> tuple[int, ...]:
         if not text:
             return ()
-        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not is_markup)["input_ids"])
+        return _token_ids(self.tokenizer, text, add_special_tokens=False, split_special_tokens=not is_markup)
 
     def encode_opening(self, instruction: str = "") -> tuple[int, ...]:
         """Token ids before the first example: the start token if the tokenizer adds one, and the instruction.
@@ -146,8 +150,8 @@ class Encoder:
 
     def _start_ids(self) -> tuple[int, ...]:
         """The start token, where the tokenizer puts one before plain text by itself."""
-        first = list(self.tokenizer("a")["input_ids"])[:1]
-        return tuple(first) if first and first[0] == self.tokenizer.bos_token_id else ()
+        first = _token_ids(self.tokenizer, "a")[:1]
+        return first if first and first[0] == self.tokenizer.bos_token_id else ()
 
     def encode_query(self, input: str) -> tuple[int, ...]:
         """Token ids of an input part, up to the last token before the answer."""
@@ -200,6 +204,16 @@ class Encoder:
     def count_example(self, input: str, answer: str) -> int:
         """Tokens of a whole example: input part, answer, terminator and gap."""
         return self.encode_example(input, answer).num_tokens
+
+
+def _token_ids(tokenizer: Tokenizer, text: str, **options: bool) -> tuple[int, ...]:
+    """Token ids of a text, one thread at a time.
+
+    transformers (5.19 to 5.23) sets `encode_special_tokens` on the tokenizer before each call, so that without the lock one
+    thread could read another's text with special tokens in it.
+    """
+    with _tokenizer_lock:
+        return tuple(tokenizer(text, **options)["input_ids"])
 
 
 def encode_episode(episode: Episode, encoder: Encoder) -> Sequence:
@@ -311,7 +325,7 @@ def _cut_template(tokenizer: Tokenizer, *, num_pairs: int, instruction: str | No
 
 def _split_terminator(tokenizer: Tokenizer, tail: str) -> tuple[int, str]:
     """The special token that begins the text after an answer, and the text that follows it."""
-    ids = list(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    ids = _token_ids(tokenizer, tail, add_special_tokens=False)
     token = str(tokenizer.decode(ids[:1])) if ids else ""
     if not ids or ids[0] not in tokenizer.all_special_ids or not tail.startswith(token):
         raise ModelError(f"the chat template ends an answer with {tail!r}, which is no special token. Use episodes.format=plain.")

@@ -10,6 +10,7 @@ query that leaves too little room sees fewer demonstrations, whole ones, and one
 
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def _count_tokens(engine: NativeEngine, examples: Sequence[Example]) -> list[int
     return [engine.encoder.count_example(example.input, example.answer) for example in examples]
 
 
-class ManyShotEstimator(BaseEstimator):  # type: ignore[misc]
+class ManyShotEstimator(BaseEstimator, ABC):  # type: ignore[misc]
     """The part of an estimator that keeps demonstrations; subclasses answer queries.
 
     Attributes:
@@ -291,9 +292,9 @@ class ManyShotEstimator(BaseEstimator):  # type: ignore[misc]
         """Inputs besides those of queries that are placed behind the block."""
         return []
 
+    @abstractmethod
     def _answer_tokens(self, engine: NativeEngine, library: Sequence[Example]) -> int:
         """Tokens that the longest possible answer takes, its terminator included."""
-        raise NotImplementedError
 
     # What is kept.
 

@@ -1,0 +1,52 @@
+"""Published results are what their records say: no number of the tables was typed by hand."""
+
+import json
+from pathlib import Path
+
+from manyicl.records import read_records
+from manyicl.reporting.terminal import markdown_curves
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = (RESULTS / "foundation.md").read_text(encoding="utf-8")
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def mean_rows() -> dict[str, list[str]]:
+    """The page's means over tasks by model, one cell per number of shots."""
+    rows = [cells_of(line) for line in PAGE.splitlines() if line.startswith("| mean over tasks ")]
+    return {model: values for _, _, model, *values in rows}
+
+
+def test_the_table_of_the_foundation_is_that_of_its_records() -> None:
+    records = read_records(RESULTS / "foundation" / "records.jsonl.gz")
+    shown = [
+        record.model_copy(update={"model": "base" if record.model == "default" else "tuned"})
+        for record in records
+        if f"\n| {record.task} | {record.metric} | tuned |" in PAGE
+    ]
+    lines = markdown_curves(shown).splitlines()
+    assert len(lines) > 16
+    assert [line for line in PAGE.splitlines() if line in lines and line] == [line for line in lines if line]
+    assert {record.num_queries for record in shown} == {100}
+    assert {record.seed for record in shown} == {0, 1, 2}
+
+
+def test_the_readme_shows_the_means_of_the_page() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0]
+    rows = [cells_of(line) for line in section.splitlines() if line.startswith(("| base", "| tuned"))]
+    assert {model: values for model, *values in rows} == mean_rows()
+    assert len(rows) == 2
+
+
+def test_figures_of_training_are_those_of_the_files() -> None:
+    speed = json.loads((RESULTS / "foundation" / "speed.json").read_text(encoding="utf-8"))
+    assert f"| tokens | {speed['tokens']:,} |" in PAGE
+    assert f"| tokens/s | {speed['tokens'] / speed['seconds']:.0f} |" in PAGE
+    share = speed["operations"] / speed["matrix_rate_per_second"] / speed["seconds"]
+    assert f"| share of that rate | {100 * share:.0f}% |" in PAGE
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{speed['tokens']:,} tokens" in " ".join(readme.split())

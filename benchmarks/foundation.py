@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from manyicl.files import write_bytes_atomic, write_json_atomic, write_text_atomic
-from manyicl.records import read_records
+from manyicl.records import EvaluationRecord, read_records
 from manyicl.reporting.terminal import markdown_curves
 from manyicl.tasks.readers import load_suite
 
@@ -119,12 +119,20 @@ def write_page(work: Path, output: Path, losses: dict[float, float], bench: Benc
         "",
         "## Commands and wall time",
         "",
+        f"Evaluation, by its records: {_evaluation_seconds(records):.0f} s of prefilling and answering in all its sittings.",
+        "",
         "| step | seconds | command |",
         "|---|---:|---|",
         *(f"| {name} | {entry['seconds']:.0f} | `{entry['command']}` |" for name, entry in bench.commands.items()),
         "",
     ]
     write_text_atomic(output / "foundation.md", "\n".join(lines))
+
+
+def _evaluation_seconds(records: Sequence[EvaluationRecord]) -> float:
+    """Seconds of answering in every cell, and of the prefill that the cells of one order and sitting shared."""
+    prefills = {(record.model, record.task, record.seed, record.prefill_seconds) for record in records}
+    return sum(record.seconds for record in records) + sum(seconds for *_, seconds in prefills)
 
 
 def _is_done(cells: set[tuple[object, ...]]) -> bool:

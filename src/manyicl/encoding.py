@@ -326,7 +326,7 @@ def _cut_template(tokenizer: Tokenizer, *, num_pairs: int, instruction: str | No
 def _split_terminator(tokenizer: Tokenizer, tail: str) -> tuple[int, str]:
     """The special token that begins the text after an answer, and the text that follows it."""
     ids = _token_ids(tokenizer, tail, add_special_tokens=False)
-    token = str(tokenizer.decode(ids[:1])) if ids else ""
+    token = str(tokenizer.decode([ids[0]])) if ids else ""
     if not ids or ids[0] not in tokenizer.all_special_ids or not tail.startswith(token):
         raise ModelError(f"the chat template ends an answer with {tail!r}, which is no special token. Use episodes.format=plain.")
     return ids[0], tail[len(token) :]

@@ -50,3 +50,21 @@ def test_figures_of_training_are_those_of_the_files() -> None:
     assert f"| share of that rate | {100 * share:.0f}% |" in PAGE
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{speed['tokens']:,} tokens" in " ".join(readme.split())
+
+
+def test_the_page_on_prefixes_shows_the_figures_of_its_file() -> None:
+    page = " ".join((ROOT / "docs" / "how-to" / "keep-a-prefix.md").read_text(encoding="utf-8").split())
+    figures = json.loads((RESULTS / "prefix-files.json").read_text(encoding="utf-8"))
+    files = figures["files"]
+    assert f"{files['prefix_tokens']:,} tokens took the default model {files['prefill_seconds']:.1f} seconds." in page
+    assert f"opened and verified in {1000 * files['plain']['first_open_seconds']:.1f} milliseconds" in page
+    rows = 0
+    for name in ("bf16 -> bf16 int8", "fp32 -> bf16", "fp32 -> bf16 int8", "fp32 -> fp32 int8"):
+        shown = []
+        for task in figures["int8"]:
+            change = task["changes"][name]
+            # Shares are rounded half to even, as Python does: 92.5% is shown as 92%.
+            shown += [f"{change['mean']:.3f}", f"{change['max']:.2f}", f"{100 * change['argmax_agreement']:.0f}%"]
+        label = name.replace("->", "→").replace("bf16 int8", "bf16, int8").replace("fp32 int8", "fp32, int8")
+        rows += f"| {label} | {' | '.join(shown)} |" in page
+    assert rows == 4

@@ -86,9 +86,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
 
 def library_versions() -> dict[str, str]:
     """Versions of what results depend on, and the processor's capability."""
-    names = ("manyicl", "torch", "transformers", "peft", "accelerate")
+    names = ("manyicl", "transformers", "peft", "accelerate")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return versions | {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    build = {"torch": torch.__version__}  # With its build, such as +cpu, which a wheel's metadata may leave out.
+    return versions | build | {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def _training_tasks(recipe: Recipe, suite: TaskSuite) -> tuple[Task, ...]:

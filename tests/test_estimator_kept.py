@@ -104,6 +104,29 @@ def test_a_prefix_larger_than_the_store_is_an_error(folder: Path, tmp_path: Path
         classifier(folder, fit_mode="store", store_max_bytes=1000).fit(TEXTS, ANSWERS)
 
 
+def test_a_failed_fit_leaves_nothing_and_a_failed_partial_fit_what_was_there(folder: Path, monkeypatch: Any) -> None:
+    model = classifier(folder)
+    prefix = type(model)._prefix
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(type(model), "_prefix", fail)
+    with pytest.raises(StorageError, match="the disk is full"):
+        model.fit(TEXTS, ANSWERS)
+    assert not model.__sklearn_is_fitted__()
+    monkeypatch.setattr(type(model), "_prefix", prefix)
+    model.fit(TEXTS[:9], ANSWERS[:9])
+    expected = model.predict_log_proba(QUERIES)
+    monkeypatch.setattr(type(model), "_prefix", fail)
+    with pytest.raises(StorageError, match="the disk is full"):
+        model.partial_fit(TEXTS[9:], ANSWERS[9:])
+    monkeypatch.setattr(type(model), "_prefix", prefix)
+    assert (len(model.library_), model.num_demonstrations_) == (9, 9)
+    np.testing.assert_allclose(model.predict_log_proba(QUERIES), expected, rtol=0, atol=1e-6)
+    assert len(model.partial_fit(TEXTS[9:], ANSWERS[9:]).library_) == len(TEXTS)
+
+
 def test_a_model_is_loaded_once_and_two_are_kept(folder: Path, tiny_model_folder: Callable[..., Path], monkeypatch: Any) -> None:
     shared_models._models.clear()
     loaded = []

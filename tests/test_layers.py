@@ -66,7 +66,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "peft": ("modeling",),
     "datasets": ("tasks.readers",),
     "pyarrow": ("tasks.tables",),
-    "sklearn": ("metrics", "methods", "estimator"),
+    "sklearn": ("estimator",),
     "bm25s": ("selection",),
     "scipy": ("metrics",),
     "safetensors": ("files", "modeling", "prefix"),

@@ -373,3 +373,19 @@ def test_what_a_killed_save_left_is_removed(tiny_model, byte_tokenizer, tmp_path
     save_model(tiny_model("llama"), byte_tokenizer, tmp_path, base="", note="")
     assert not list(tmp_path.glob(".saving-*"))
     assert (tmp_path / "model.safetensors").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_broken_run_file_is_named(run_folder, content):
+    folder, _ = run_folder
+    (folder / "manyicl.json").write_text(content)
+    with pytest.raises(ModelError, match=r"manyicl\.json: says no base model .* Give the folder of a finished run"):
+        load_model(folder)
+
+
+def test_a_model_folder_without_a_tokenizer_is_an_error_of_ours(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder("llama"), tmp_path / "model")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(folder)

@@ -23,7 +23,6 @@ def test_the_recipes_of_the_documentation_are_there() -> None:
 @pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_recipe_parses(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.model_dump()["output"] == recipe.output
     assert recipe.output.startswith("runs/")
 
 

@@ -408,3 +408,13 @@ def test_a_row_is_opened_without_the_models_weights(make, monkeypatch):
     row, tokenizer = open_row(make(), 3)
     assert row.sequences[0].episode.index == 3
     assert tokenizer.eos_token_id == 256
+
+
+def test_shots_that_do_not_fit_are_said_before_the_first_update(tiny_model_folder, suite_folder, tmp_path, caplog):
+    made = make_recipe(
+        tiny_model_folder("llama"), suite_folder(), tmp_path / "run", training={"num_steps": 1}, episodes={"num_shots": 500}
+    )
+    runs.train(made)
+    said = [record.getMessage() for record in caplog.records if "episodes.num_shots=500" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("1 of the first 1 episodes hold fewer than episodes.num_shots=500 demonstrations, the shortest ")

@@ -435,3 +435,18 @@ def test_any_bytes_end_as_meant(tmp_path_factory, content, name) -> None:
     ends_as_meant(lambda: load_task(folder, problems=[]), str(folder))
     (folder.parent / "suite.yaml").write_bytes(content)
     ends_as_meant(lambda: load_suite(folder.parent), str(folder.parent))
+
+
+def test_macro_f1_without_labels_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text('{input: "{text}", answer: label, metric: macro_f1}')
+    rows = [{"text": f"text {number}", "label": f"free answer {number}"} for number in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(TaskError, match=r"metric macro_f1 is a mean over labels, and there are none\. List `labels`"):
+        load_task(tmp_path)
+
+
+def test_a_folder_of_too_few_chat_answers_is_named(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(TaskError, match=rf"^{tmp_path}: 1 train example\(s\); a task needs at least 2"):
+        load_task(tmp_path)

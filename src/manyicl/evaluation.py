@@ -69,6 +69,7 @@ def evaluate_task(method: Method, task: Task, role: str, *, plan: Plan, writer: 
         for shots in sorted(missing, key=lambda shots: shots != "max"):
             num_shots = opened.num_demonstrations if shots == "max" else shots
             if num_shots > opened.num_demonstrations:
+                logger.info("%s %s: %d shots do not fit, %d do", plan.model, task.name, num_shots, opened.num_demonstrations)
                 continue
             record = _evaluate_cell(method, task, role, opened, queries, num_shots, shots=shots, seed=seed, plan=plan)
             record = record.model_copy(update={"fingerprint": fingerprint, "prefill_seconds": prefill_seconds})

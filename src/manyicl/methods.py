@@ -59,7 +59,9 @@ class InContext:
     def __init__(self, engine: NativeEngine, *, name: str = "in-context") -> None:
         self.engine = engine
         self.name = name
-        self.fingerprint = f"{engine.loaded.fingerprint}/{engine.encoder.format}/{engine.context_tokens}"
+        self.fingerprint = (
+            f"{engine.loaded.fingerprint}/{engine.encoder.format}/{engine.context_tokens}/{engine.loaded.model.dtype}"
+        )
 
     def open(self, task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> "OpenedInContext":
         """Prefill the longest front of `demonstrations` that leaves room for every query and its answer.

@@ -99,7 +99,7 @@ def load_tokenizer(name: str | Path = "default", *, trust_remote_code: bool = Fa
         ModelError: see `load_model`.
     """
     folder, _ = _locate(str(name))
-    if folder is not None and not (folder / "tokenizer_config.json").is_file():
+    if folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(_read_run_file(folder)["base"], trust_remote_code=trust_remote_code)
     return _load_plain_tokenizer(str(folder or name), trust_remote_code)
 
@@ -236,11 +236,19 @@ def _locate(name: str) -> tuple[Path | None, str]:
 
 
 def _read_run_file(folder: Path) -> dict[str, Any]:
-    """What manyicl.json says; for adapters of other tools, their own base model."""
-    if (folder / RUN_FILE).is_file():
-        return dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return {"base": adapter["base_model_name_or_path"], "note": ""}
+    """What manyicl.json says; for adapters of other tools, their own base model.
+
+    Raises:
+        ModelError: the file is broken, or names no base model.
+    """
+    path = folder / RUN_FILE if (folder / RUN_FILE).is_file() else folder / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"base": content["base" if path.name == RUN_FILE else "base_model_name_or_path"], "note": content.get("note", "")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: says no base model ({error!r}). Give the folder of a finished run or of a whole model."
+        ) from error
 
 
 def _load_plain(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,4 +1,4 @@
-r"""The loss: which answers are targets, and over what it is a mean. The only file that shifts by one.
+r"""The loss: which answers are targets, and over what it is a mean. In training only this file shifts by one.
 
     tokens       … \nAnswer:  positive  <|im_end|>  \n\n …
     shot                .        0          0        .        unshifted, as rows carry it

@@ -69,8 +69,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     encoder = Encoder(loaded.tokenizer, format=recipe.episodes.format)
     num_rows = training.num_steps * training.rows_per_step
     dataset = RowDataset(tasks, config=recipe.episodes, encoder=encoder, seed=recipe.seed, num_rows=num_rows)
-    for index in range(min(num_rows, _NUM_CHECKED_ROWS)):  # A budget that does not fit shows before the first update.
-        dataset[index]
+    _check_rows(dataset)
     validation = _validation_rows(recipe, suite, encoder)
     use_shared_prefix_attention(loaded.model)  # Its kernel for causal rows is several times faster than torch's on CPUs.
     model = loaded.model if training.tune == "full" else add_lora(loaded.model, training.lora, seed=recipe.seed)
@@ -82,6 +81,25 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
         write_json_atomic(output / "summary.json", asdict(result) | rates | {"note": loaded.note})
     return result
+
+
+def _check_rows(dataset: RowDataset) -> None:
+    """Build the first rows, so that a budget that does not fit shows before the first update; says how many shots are missing."""
+    wanted = dataset.config.num_shots
+    rows = [dataset[index] for index in range(min(len(dataset), _NUM_CHECKED_ROWS))]
+    episodes = [sequence.episode for row in rows for sequence in row.sequences]
+    short = [episode for episode in episodes if wanted is not None and len(episode.examples) <= wanted]
+    if short:
+        logger.warning(
+            "%d of the first %d episodes hold fewer than episodes.num_shots=%d demonstrations, the shortest %d (task %s): "
+            "episodes.max_tokens=%d is full, or the task has no more examples",
+            len(short),
+            len(episodes),
+            wanted,
+            min(len(episode.examples) - 1 for episode in short),
+            min(short, key=lambda episode: len(episode.examples)).task,
+            dataset.config.max_tokens,
+        )
 
 
 def library_versions() -> dict[str, str]:
@@ -260,7 +278,7 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
 
 
 def predict(
-    model: str | LoadedModel, demonstrations: Sequence[Example], queries: Sequence[str], *, seed: int = 0
+    model: str | Path | LoadedModel, demonstrations: Sequence[Example], queries: Sequence[str], *, seed: int = 0
 ) -> tuple[list[Answer], int]:
     """Answers to queries from labelled examples, and how many of the examples fitted the context.
 
@@ -273,7 +291,7 @@ def predict(
     task = task_of_examples([replace(example, options=()) for example in demonstrations], name="task")
     if not queries:
         return [], 0
-    loaded = load_model(model) if isinstance(model, str) else model
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
     method = InContext(NativeEngine(loaded, Encoder(loaded.tokenizer)))
     asked = tuple(Example(text, "") for text in queries)
     order = order_examples(task.train, seed=seed, purpose="demonstrations", index=0)

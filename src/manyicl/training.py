@@ -268,6 +268,11 @@ def to_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in collate(rows).items()}
 
 
+def _peak_memory_bytes() -> int:
+    """High-water mark of this process; Linux counts in kibibytes, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _logged(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """(update, value) pairs of what was logged under a name."""
     return [(int(entry["step"]), float(entry[name])) for entry in history if name in entry]
@@ -322,7 +327,7 @@ def train_model(
         tokens=progress.tokens,
         answers=progress.answers,
         seconds=progress.seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=_peak_memory_bytes(),
         best_step=int(state.best_global_step or 0) if kept_best else state.global_step,
         losses=_logged(state.log_history, "loss"),
         validation_losses=_logged(state.log_history, "eval_loss"),

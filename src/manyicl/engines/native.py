@@ -1,6 +1,7 @@
 """The native engine: this process runs the model, with text in and scores or text out.
 
-The seam for other engines: everything above it says `prefill`, `choose` and `write`, and sees no tensor.
+The seam for other engines: methods say `prefill`, `choose` and `write`, and see no tensor. The estimators go through it to
+the model, since they put retrieved demonstrations into a query's own tokens.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -205,21 +206,34 @@ class ManyShotEstimator(BaseEstimator, ABC):  # type: ignore[misc]
         num_added = min(map(len, added))
         blocks = [[*block, *new[:num_added]] for block, new in zip(self.blocks_, added, strict=True)]
         num_left_out = self._count_left_out(engine, lengths, len(blocks[0]))
-        self._num_batches += 1
-        self._tie_break += fresh[0]
-        self._kept.lengths = lengths
-        self._kept.similarity = None
-        num_before = len(self.blocks_[0])
-        self.library_ = library
-        self.blocks_ = blocks
-        self.num_demonstrations_ = len(blocks[0])
-        self.num_left_out_ = num_left_out
-        if self.selection != "random":
-            self._similarity()
-        if self.fit_mode != "lazy":
-            for order in range(len(blocks)):
-                self._prefix(engine, order, num_before=num_before)
+        with self._all_or_nothing():
+            self._num_batches += 1
+            self._tie_break = [*self._tie_break, *fresh[0]]
+            self._kept.lengths = lengths
+            self._kept.similarity = None
+            num_before = len(self.blocks_[0])
+            self.library_ = library
+            self.blocks_ = blocks
+            self.num_demonstrations_ = len(blocks[0])
+            self.num_left_out_ = num_left_out
+            if self.selection != "random":
+                self._similarity()
+            if self.fit_mode != "lazy":
+                for order in range(len(blocks)):
+                    self._prefix(engine, order, num_before=num_before)
         return self
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Take back what the block has set if it does not come to its end; what was kept in memory is then made again."""
+        before = dict(vars(self))
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            if not finished:
+                self.__dict__ = before | {"_kept": KeptInMemory()}
 
     def _check_parameters(self) -> None:
         for name, known in (("selection", SELECTIONS), ("fit_mode", get_args(FitMode)), ("format", get_args(Format))):

@@ -58,7 +58,9 @@ def load_task(path: Path | str, *, name: str | None = None, problems: list[RowEr
     """
     path = Path(path)
     if path.is_file():
-        return task_of_examples(read_examples(path, problems=problems), name=name or path.stem)
+        return task_of_examples(
+            read_examples(path, problems=problems), name=name or path.stem, where=str(path), problems=problems
+        )
     if not path.is_dir():
         raise TaskError(f"{path}: no such folder. Give a task's folder, with train.jsonl and, better, task.yaml.")
     given = read_task_file(path / "task.yaml") if (path / "task.yaml").is_file() else None
@@ -69,7 +71,7 @@ def load_task(path: Path | str, *, name: str | None = None, problems: list[RowEr
     train, test = (_make_examples(tables[split], description, problems) for split in ("train", "test"))
     name = name or (description and description.name) or path.resolve().name
     if description is None:
-        return task_of_examples(train, name=name, test=test, problems=problems)
+        return task_of_examples(train, name=name, test=test, where=str(path), problems=problems)
     return _finish_task(name, description, train, test, where=str(path), problems=problems)
 
 
@@ -218,6 +220,9 @@ def _finish_task(
     if not labels and len(shared) == 1:  # The same options everywhere are a label set.
         labels = shared.pop()
         train, test = (tuple(replace(example, options=()) for example in split) for split in (train, test))
+    if description.metric == "macro_f1" and not labels:
+        problem = "metric macro_f1 is a mean over labels, and there are none. List `labels`, or choose another metric."
+        raise_or_add(RowError(where, "metric without labels", problem), problems)
     seen = {example.answer for example in train}
     for example in test:
         if labels and example.answer not in seen:
@@ -262,9 +267,14 @@ def _read_roles(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def task_of_examples(
-    examples: Sequence[Example], *, name: str, test: Sequence[Example] = (), problems: list[RowError] | None = None
+    examples: Sequence[Example],
+    *,
+    name: str,
+    test: Sequence[Example] = (),
+    where: str = "",
+    problems: list[RowError] | None = None,
 ) -> Task:
-    """A task from labelled examples; answers that recur are its label set.
+    """A task from labelled examples; answers that recur are its label set. Errors name `where`, or else the task.
 
     Raises:
         TaskError: there are fewer than two examples, or a test label never occurs among them.
@@ -274,7 +284,7 @@ def task_of_examples(
     labels = sorted(answers) if not is_choice and looks_like_labels(answers) else None
     metric: Metric = "accuracy" if labels or is_choice else "token_f1"
     description = TaskFile(input="{input}", answer="answer", labels=labels, metric=metric)
-    return _finish_task(name, description, tuple(examples), tuple(test), where=name, problems=problems)
+    return _finish_task(name, description, tuple(examples), tuple(test), where=where or name, problems=problems)
 
 
 def read_examples(path: Path | str, *, problems: list[RowError] | None = None) -> tuple[Example, ...]:

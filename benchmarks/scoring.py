@@ -3,10 +3,11 @@
 Default model, bf16, 2 threads, prefixes of about 1,000, 2,700 and 7,500 tokens, label sets of 2, 77 and 150; made-up text. Ours
 scores 128 queries. Peers get the same token ids in the same run: (a) transformers with the full prompt of a query and label;
 (b) lm-evaluation-harness' HFLM; (c) vLLM on the processor with prefix caching, generating a constrained label; (d) vLLM scoring
-through prompt_logprobs. (b) and (d) run at 2,700 tokens. Where a cell would take long it is timed on fewer queries and labels and
-scaled by their number, marked `extrapolated`. (b) and (c), (d) run in environments of their own (see `--lm-eval-python` and
-`--vllm-python`); one that is absent is named as absent. The result holds, in this order: agreement, figures, cells, the limit,
-memory, machine.
+through prompt_logprobs. (b) and (d) run at 2,700 tokens. A cell that would take more than 3 minutes is timed on fewer queries and
+labels and scaled by their number, marked `extrapolated`. (b) and (c), (d) run in environments of their own (see
+`--lm-eval-python` and `--vllm-python`); one that is absent is named as absent. The result holds, in this order: agreement with
+the peers and, on every one of 128 queries, with the uncached bf16 scores of transformers; figures, cells, the limit, memory,
+machine.
 
 The limit counts multiplications and additions: 2 · weights · tokens + 4 · layers · H · D · (tokens · P + pairs) + 2 · hidden ·
 V · logits, where tokens are those of queries and label trie nodes, pairs the (token, token of its own branch that it sees) ones,
@@ -17,7 +18,6 @@ in this run.
 import argparse
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine, linear_shapes, measure_matrix_rate
+from memory import high_water_mark, reset_high_water_mark
 
 from manyicl.branching import query_branch
 from manyicl.encoding import Encoder
@@ -40,6 +41,7 @@ from manyicl.modeling import LoadedModel, export_model, load_model
 from manyicl.prefix import Prefix, prefill
 from manyicl.prefix_files import PrefixFacts, identify_prefix, load_prefix, save_prefix
 from manyicl.scoring import score_labels
+from manyicl.tasks.readers import load_suite
 from manyicl.tasks.task import Example
 
 FOLDER = Path(__file__).parent
@@ -47,6 +49,8 @@ PREFIX_TOKENS = (1_000, 2_700, 7_500)
 LABEL_COUNTS = (2, 77, 150)
 NUM_QUERIES = 128
 PEER_PREFIX = 2_700
+MOST_SECONDS = 180.0
+AGREEMENT_TASKS = ("opening_hours", "advice_invented_words", "season", "rules")
 PERSONS = ["clerk", "driver", "teacher", "neighbour", "doctor", "baker", "student", "tenant", "gardener", "pilot", "nurse"]
 VERBS = ["order", "open", "close", "move", "cancel", "repair", "refund", "check", "trace", "renew", "report", "replace", "lower"]
 THINGS = ["card", "bill", "parcel", "ticket", "account", "loan", "phone", "table", "lease", "boiler", "passport", "contract"]
@@ -146,6 +150,60 @@ def score_with_full_prompts(
     return scores
 
 
+def time_full_prompts(
+    loaded: LoadedModel, cell: Cell, prefix_ids: Sequence[int], queries: Sequence[tuple[int, ...]], reference: np.ndarray
+) -> dict[str, Any]:
+    """Peer (a)'s cell: the whole cell where it fits 3 minutes, else two labels and as many queries as half a minute holds."""
+    ids = list(prefix_ids)
+    one, _ = timed(lambda: score_with_full_prompts(loaded, ids, queries[:1], cell.label_ids[:1]))
+    if one * len(queries) * cell.num_labels <= MOST_SECONDS:
+        few, labels = list(queries), cell.label_ids
+    else:
+        few, labels = list(queries[: max(1, int(MOST_SECONDS / 6 / one / 2))]), cell.label_ids[:2]
+    seconds, found = timed(lambda: score_with_full_prompts(loaded, ids, few, labels))
+    print(f"transformers, {cell.name}: {len(few)} queries, {len(labels)} labels, {seconds:.1f} s", file=sys.stderr)
+    return peer_cell(seconds, (len(few), len(labels)), cell, reference, found)
+
+
+def measure_agreement(loaded: LoadedModel) -> dict[str, Any]:
+    """Best labels of ours and of full prompts, both in bf16, and of full prompts in fp32: built-in tasks, 16 shots, every query.
+
+    fp32 says what rounding alone does: full prompts in bf16 differ from it too.
+    """
+    encoder, suite = Encoder(loaded.tokenizer), load_suite("builtin")
+    exact = load_model("default", dtype="float32")
+    exact.model.set_attn_implementation("sdpa")
+    result: dict[str, Any] = {}
+    for name in AGREEMENT_TASKS:
+        task = suite.tasks[name]
+        prefix = prefill(loaded.model, encoder, task.train[:16], instruction=task.instruction)
+        queries, labels = [encoder.encode_query(query.input) for query in task.test], encoder.encode_labels(task.labels)
+        ours = np.array(score_labels(loaded.model, prefix, queries, [labels] * len(queries)))
+        loaded.model.set_attn_implementation("sdpa")
+        full = score_with_full_prompts(loaded, prefix.token_ids, queries, labels)
+        reference = score_with_full_prompts(exact, prefix.token_ids, queries, labels)
+        lead = np.sort(full, axis=1)[:, -1] - np.sort(full, axis=1)[:, -2]
+        differing = ours.argmax(1) != full.argmax(1)
+        result[name] = {
+            "prefix_tokens": prefix.num_tokens,
+            "labels": len(labels),
+            "queries": len(queries),
+            "same_best_label": float(1 - differing.mean()),
+            "largest_difference": float(np.abs(ours - full).max()),
+            "largest_lead_where_labels_differ": float(lead[differing].max(initial=0.0)),
+            "same_best_label_as_fp32": {
+                "ours": float(np.mean(ours.argmax(1) == reference.argmax(1))),
+                "full prompts": float(np.mean(full.argmax(1) == reference.argmax(1))),
+            },
+            "mean_difference_from_fp32": {
+                "ours": float(np.abs(ours - reference).mean()),
+                "full prompts": float(np.abs(full - reference).mean()),
+            },
+        }
+        print(f"agreement, {name}: {result[name]['same_best_label']:.3f}", file=sys.stderr)
+    return result
+
+
 def peer_cell(seconds: float, done: tuple[int, int], cell: Cell, reference: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     """Figures of a peer that scored `done` = (queries, labels), scaled to all labels, and its agreement with ours."""
     num_queries, num_labels = done
@@ -177,16 +235,6 @@ def run_outside(python: Path, script: str, job: dict[str, Any], folder: Path) ->
     return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def high_water_mark() -> int:
-    """Peak resident memory since the mark was reset, in bytes."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-
-
-def reset_high_water_mark() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return high_water_mark()
-
-
 def measure_memory(threads: int) -> dict[str, Any]:
     """Peak memory beyond the loaded model, in a fresh process. Mapped weights are read once first: they count as loaded."""
     torch.set_num_threads(threads)
@@ -212,8 +260,8 @@ def measure_memory(threads: int) -> dict[str, Any]:
     }
 
 
-def make_queries(encoder: Encoder) -> list[tuple[int, ...]]:
-    rng = random.Random("queries")
+def make_queries(encoder: Encoder, name: str = "queries") -> list[tuple[int, ...]]:
+    rng = random.Random(name)
     return [encoder.encode_query(make_example(rng, ["yes", "no"]).input) for _ in range(NUM_QUERIES)]
 
 
@@ -237,9 +285,21 @@ def measure_saved_prefix(loaded: LoadedModel, encoder: Encoder, cell: Cell, fold
     }
 
 
+def run_vllm(python: Path, job: dict[str, Any], folder: Path) -> Any:
+    """vLLM's answer with the model compiled and eager, the faster of the two in each cell."""
+    eager = run_outside(python, "peer_vllm.py", job | {"eager": True}, folder)
+    cells = [cell | {"scored": []} for cell in job["cells"]]
+    compiled = run_outside(python, "peer_vllm.py", job | {"eager": False, "cells": cells}, folder)
+    for name, own in compiled.get("picks", {}).items() if "absent" not in eager else ():
+        if own["seconds"] < eager["picks"][name]["seconds"]:
+            eager["picks"][name] = own | {"compiled": True}
+    return eager
+
+
 def run_peers(
     arguments: argparse.Namespace,
     loaded: LoadedModel,
+    encoder: Encoder,
     cells: list[Cell],
     prefixes: dict[str, Prefix],
     queries: list[tuple[int, ...]],
@@ -250,11 +310,9 @@ def run_peers(
     # The implementation that transformers takes by itself; ours would otherwise answer for it.
     loaded.model.set_attn_implementation("sdpa")
     for cell in cells:
-        few = queries[: 2 if cell.prefix_tokens < 7_500 else 1]
-        ids = prefixes[cell.name].token_ids
-        seconds, found = timed(lambda ids=ids, few=few, cell=cell: score_with_full_prompts(loaded, ids, few, cell.label_ids[:2]))
-        results["transformers"][cell.name] = peer_cell(seconds, (len(few), 2), cell, scores[cell.name], found)
-        print(f"transformers, {cell.name}: {seconds:.1f} s", file=sys.stderr)
+        results["transformers"][cell.name] = time_full_prompts(
+            loaded, cell, prefixes[cell.name].token_ids, queries, scores[cell.name]
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export_model("default", folder / "model")
@@ -262,7 +320,8 @@ def run_peers(
             {
                 "name": cell.name,
                 "prefix": prefixes[cell.name].token_ids,
-                "queries": queries[: arguments.vllm_queries],
+                "queries": queries,
+                "more_queries": make_queries(encoder, "more queries"),
                 "labels": cell.label_ids,
                 "texts": [f" {label}" for label in cell.labels],
                 "scored": [1, 2] if arguments.smallest or (cell.prefix_tokens == PEER_PREFIX and cell.num_labels < 150) else [],
@@ -273,7 +332,7 @@ def run_peers(
         harness = run_outside(
             arguments.lm_eval_python, "peer_lm_eval.py", common | {"cells": [job for job in jobs if job["scored"]]}, folder
         )
-        vllm = run_outside(arguments.vllm_python, "peer_vllm.py", common | {"cells": jobs, "eager": arguments.vllm_eager}, folder)
+        vllm = run_vllm(arguments.vllm_python, common | {"cells": jobs}, folder)
     if "absent" in harness:
         results["lm_eval"] = harness
     if "absent" in vllm:
@@ -290,6 +349,10 @@ def run_peers(
             results["vllm_pick"][cell.name] = {
                 "queries": len(own["picks"]),
                 "seconds": own["seconds"],
+                "seconds_of_each_run": own["seconds_of_each_run"],
+                "compiled": own.get("compiled", False),
+                "tokens_outside_blocks": own["tokens_outside_blocks"],
+                "queries_per_second_on_whole_blocks": len(own["picks"]) / own["seconds_on_whole_blocks"],
                 "queries_per_second": len(own["picks"]) / own["seconds"],
                 "extrapolated": False,
                 "agreement": {"same_best_label": float(np.mean(best == np.array(own["picks"])))},
@@ -309,6 +372,7 @@ def compare(ours: dict[str, Any], peers: dict[str, Any], saved: dict[str, Any], 
     small, middle, large = "2700 tokens, 2 labels", "2700 tokens, 77 labels", "7500 tokens, 2 labels"
     return {
         "times vLLM constrained, " + small: times("vllm_pick", small),
+        "times vLLM constrained, the same with a prefix of whole blocks": _times_whole_blocks(ours, peers, small),
         "times HFLM, " + middle: times("lm_eval", middle),
         "times vLLM prompt_logprobs, " + middle: times("vllm_scores", middle),
         "times transformers, " + middle: times("transformers", middle),
@@ -319,6 +383,14 @@ def compare(ours: dict[str, Any], peers: dict[str, Any], saved: dict[str, Any], 
     }
 
 
+def _times_whole_blocks(ours: dict[str, Any], peers: dict[str, Any], cell: str) -> float | None:
+    """Ours over vLLM where the prefix ends with a block, which suits vLLM best."""
+    other = peers["vllm_pick"].get(cell)
+    if not isinstance(other, dict) or cell not in ours:
+        return None
+    return float(ours[cell]["queries_per_second"] / other["queries_per_second_on_whole_blocks"])
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON; printed too")
@@ -326,8 +398,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smallest", action="store_true", help="one cell (1,000 tokens, 2 labels), to see that it works")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"), help="make vllm-env makes it")
-    parser.add_argument("--vllm-eager", action="store_true", help="do not let vLLM compile the model")
-    parser.add_argument("--vllm-queries", type=int, default=64)
     parser.add_argument("--lm-eval-python", type=Path, default=Path(sys.executable), help="a Python with lm-eval and manyicl")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -338,6 +408,7 @@ def main() -> None:
     if arguments.memory:
         print(json.dumps(measure_memory(arguments.threads)))
         return
+    start = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     memory: dict[str, Any] = {}
     if not arguments.smallest:
@@ -363,9 +434,11 @@ def main() -> None:
     if not arguments.smallest:
         with tempfile.TemporaryDirectory() as temporary:
             saved = measure_saved_prefix(loaded, encoder, cells[-3], Path(temporary) / "prefix")
-    peers = {} if arguments.no_peers else run_peers(arguments, loaded, cells, prefixes, queries, scores)
+    uncached = measure_agreement(loaded) if not arguments.no_peers and not arguments.smallest else {}
+    peers = {} if arguments.no_peers else run_peers(arguments, loaded, encoder, cells, prefixes, queries, scores)
     result = {
-        "agreement": {
+        "agreement": {"uncached bf16 scores, all queries": uncached}
+        | {
             peer: {name: cell["agreement"] for name, cell in found.items() if isinstance(cell, dict)}
             for peer, found in peers.items()
         },
@@ -375,6 +448,7 @@ def main() -> None:
         "saved_prefix": saved,
         "memory": memory,
         "limit": {"matrix_rate_per_second": rate, "formula": __doc__.split("\n\n")[2].strip()},
+        "seconds": time.perf_counter() - start,
         "query_tokens": statistics.mean(map(len, queries)),
         "machine": describe_machine(),
         "model": f"default, bf16, {loaded.note}",

@@ -77,7 +77,11 @@ def measure(cell: Cell, model: str, num_queries: int, fingerprint: str) -> Evalu
     found = [task.labels.index(str(label)) for label in predicted]
     scores = [float(own == right) for own, right in zip(found, gold, strict=True)]
     loaded = share_model(model, "auto").loaded
-    prefix_tokens = classifier.open_prefixes()[0].num_tokens
+    prefix = classifier.open_prefixes()[0]
+    if prefix.num_shots != cell.parameters().get("num_shots", 0):
+        raise SystemExit(
+            f"{task.name}: {cell.shots} demonstrations do not fit ({prefix.num_shots} in the prefix). Ask for fewer."
+        )
     return EvaluationRecord(
         method=cell.selection,
         model=model,
@@ -91,7 +95,7 @@ def measure(cell: Cell, model: str, num_queries: int, fingerprint: str) -> Evalu
         seed=cell.seed,
         value=aggregate(task.metric, scores, gold, found),
         num_queries=len(queries),
-        prefix_tokens=prefix_tokens,
+        prefix_tokens=prefix.num_tokens,
         query_tokens=sum(len(ids) for ids in query_ids(classifier, [query.input for query in queries])),
         seconds=seconds,
         prefill_seconds=fitted - start,

@@ -192,7 +192,11 @@ def _build_task(
             for number, answer in enumerate(answers)
         )
 
-    defaults = {"family": "classification", "metric": "accuracy" if labels else "token_f1", "labels": tuple(labels)}
+    defaults = {
+        "family": "classification" if labels else "qa",
+        "metric": "accuracy" if labels else "token_f1",
+        "labels": tuple(labels),
+    }
     return Task(
         name=name,
         train=tuple(train) if train is not None else examples("train", num_train),

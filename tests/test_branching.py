@@ -10,6 +10,7 @@ import torch
 from manyicl import branching
 from manyicl.attention import use_shared_prefix_attention
 from manyicl.branching import (
+    PastStates,
     check_positions,
     choose_batch_tokens,
     flatten_branches,
@@ -64,11 +65,24 @@ def test_branches_of_one_length_need_no_padding() -> None:
 
 def test_keys_and_values_are_kept_on_request_only() -> None:
     states = torch.zeros(2, 1, 4, 2)
-    forgetful, past = ragged_row().branches, {}
-    forgetful.append(0, states, states)
-    assert forgetful.past == {}
-    ragged_row(past=past).branches.append(0, states, states)
-    assert past[0][0].shape == (2, 1, 4, 2)
+    forgetful, past = ragged_row().branches, PastStates(6)
+    assert [forgetful.append(0, states, states)[0].shape[2] for _ in range(2)] == [4, 4]
+    assert [ragged_row(past=past).branches.append(0, states, states)[1].shape[2] for _ in range(2)] == [4, 8]
+
+
+def test_past_states_are_what_concatenation_gives_whoever_leaves() -> None:
+    draw = torch.Generator().manual_seed(0)
+    past, lines, whole = PastStates(3), list(range(5)), torch.empty(5, 2, 0, 4)
+    for length, leaving in ((2, ()), (1, (1, 3)), (4, (4,)), (1, (0,)), (9, ())):
+        order = past.keep([place for place, line in enumerate(lines) if line not in leaving])
+        lines = [lines[place] for place in order]
+        new = torch.randn(5, 2, length, 4, generator=draw)
+        whole = torch.cat([whole, new], dim=2)
+        for layer in (0, 1):
+            key, value = past.append(layer, new[lines], -new[lines])
+            assert torch.equal(key, whole[lines])
+            assert torch.equal(value, -whole[lines])
+    assert lines == [2]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

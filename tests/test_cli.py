@@ -38,7 +38,7 @@ def test_train_then_use_the_run_everywhere(run_cli, recipe, tiny_model_folder, t
     assert len(found) == 12
     assert {record.num_queries for record in found} == {3}
     assert output.splitlines()[-1] == f"records: {records}"
-    for shown in (" 0 ┃", " 2 ┃", " max ┃", "mean over tasks", "2 order(s) of demonstrations"):
+    for shown in (" 0 ┃", " 2 ┃", " max ┃", "mean over tasks", "2 orders of demonstrations"):
         assert shown in output
 
     code, output, _ = run_cli("export", tuned, tmp_path / "plain")
@@ -70,7 +70,9 @@ def test_overrides_and_resume(run_cli, recipe, tmp_path):
     assert json.loads((output / "summary.json").read_text())["updates"] == 3
     code, _, errors = run_cli("train", recipe, f"output={output}", "training.num_steps=3")
     assert code == 2
-    assert errors == f"error: {output}: holds a run already. Add --resume to go on with it, or choose another output.\n"
+    assert (
+        errors == f"error: {output}: holds a run already. Go on with it (--resume, or resume=True), or choose another output.\n"
+    )
     code, shown, _ = run_cli("train", recipe, f"output={output}", "training.num_steps=3", "--resume")
     assert code == 0
     assert shown.startswith("3 updates, ")

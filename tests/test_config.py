@@ -50,6 +50,8 @@ def test_overrides_open_sections_that_are_absent_or_empty(tmp_path: Path) -> Non
         ({"training": {"num_step": 3}}, "unknown key 'training.num_step'; the nearest valid one is 'num_steps'"),
         ({"training": {"lora": {"rnak": 3}}}, "unknown key 'training.lora.rnak'; the nearest valid one is 'rank'"),
         ({"episodes": {"zzz": 3}}, "unknown key 'episodes.zzz'; the nearest valid one is '"),
+        ({"learning_rate": 1.0}, "unknown key 'learning_rate'; the nearest valid one is 'training.learning_rate'"),
+        ({"training": {"rank": 4}}, "unknown key 'training.rank'; the nearest valid one is 'training.lora.rank'"),
         ({1: 2}, "unknown key '1'; the nearest valid one is '"),
         ({"episodes": {"max_tokens": 8}}, "episodes.max_tokens = 8: Input should be greater than or equal to 16."),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf: Input should be a finite number."),

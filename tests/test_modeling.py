@@ -389,3 +389,151 @@ def test_a_model_folder_without_a_tokenizer_is_an_error_of_ours(tiny_model_folde
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_tokenizer(folder)
+
+
+def test_an_export_says_by_how_much_its_logits_differ(run_folder, tmp_path, caplog):
+    folder, _ = run_folder
+    with caplog.at_level("INFO", logger="manyicl"):
+        assert export_model(folder, tmp_path / "plain", dtype="float32") == 0.0
+    assert caplog.messages == [f"{tmp_path / 'plain'}: read back, its logits differ by at most 0 of the largest"]
+
+
+def test_an_export_that_gives_other_logits_is_removed(run_folder, tmp_path, monkeypatch):
+    def save_wrongly(model, tokenizer, folder, **facts):
+        save_model(model, tokenizer, folder, **facts)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] *= 1.01
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(modeling, "save_model", save_wrongly)
+    with pytest.raises(
+        ModelError, match=r"plain: read back, its logits differ by 0\.01 of the largest .* more than 0\.0001; it was removed"
+    ):
+        export_model(run_folder[0], tmp_path / "plain", dtype="float32")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_logits_that_are_no_numbers_do_not_agree(tiny_model):
+    model, broken = tiny_model("llama"), tiny_model("llama")
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ModelError, match="there: read back, its logits differ by nan"):
+        modeling.check_logits(model, broken, "there")
+    # The tolerance of a type: half a hundredth is nothing in bf16, and another model in fp32.
+    near = tiny_model("llama")
+    near.model.norm.weight.data *= 1.005
+    assert modeling.check_logits(model.bfloat16(), near.bfloat16(), "there") == pytest.approx(0.005, abs=0.01)
+    with pytest.raises(ModelError, match=r"differ by 0\.00"):
+        modeling.check_logits(model.float(), near.float(), "there")
+
+
+def test_a_plain_export_is_no_file(tmp_path):
+    with pytest.raises(ModelError, match=r"x\.gguf: names a file\. For a \.gguf file use gguf_export\.export_gguf"):
+        export_model("default", tmp_path / "x.gguf")
+
+
+class FakeRepositories:
+    """Stands in for the downloads of huggingface_hub: folders by hub id, and what was asked of them."""
+
+    def __init__(self, cache, **folders):
+        self.cache = cache
+        self.folders = {name.replace("__", "/"): folder for name, folder in folders.items()}
+        self.downloads = []
+
+    def file(self, repo_id, filename):
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        if not (repo_id in self.folders and (self.folders[repo_id] / filename).is_file()):
+            raise LocalEntryNotFoundError(f"{repo_id} has no {filename}")
+        return self._fetch(repo_id, [filename])
+
+    def snapshot(self, repo_id, *, allow_patterns, ignore_patterns):
+        from huggingface_hub.utils import filter_repo_objects
+
+        folder = self.folders[repo_id]
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        return str(self._fetch(repo_id, sorted(kept)).parent)
+
+    def _fetch(self, repo_id, names):
+        self.downloads.append((repo_id, names))
+        for name in names:
+            target = self.cache / repo_id.replace("/", "--") / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folders[repo_id] / name, target)
+        return target
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A factory: hub(me__run=folder) makes the id me/run name that folder."""
+
+    def build(**folders):
+        repositories = FakeRepositories(tmp_path / "hub", **folders)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", repositories.file)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", repositories.snapshot)
+        return repositories
+
+    return build
+
+
+def test_a_run_on_the_hub_is_loaded_like_its_folder(run_folder, hub, tmp_path, byte_tokenizer):
+    folder, adapted = run_folder
+    facts = json.loads((folder / "manyicl.json").read_text())
+    (folder / "manyicl.json").write_text(json.dumps(facts | {"format": "chat"}))
+    for name in ("checkpoint-2/adapter_model.safetensors", "optimizer.pt", "model.safetensors", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not wanted")
+    repositories = hub(me__run=folder)
+    loaded = load_model("me/run", dtype="float32")
+    assert (loaded.name, loaded.format, loaded.note) == ("me/run", "chat", "")
+    assert torch.equal(logits(loaded.model), logits(load_model(folder, dtype="float32").model))
+    assert (logits(loaded.model) - logits(adapted)).abs().max() < 1e-5
+    assert repositories.downloads[-1][1] == [
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manyicl.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert load_tokenizer("me/run").get_vocab() == byte_tokenizer.get_vocab()
+    (folder / "model.safetensors").unlink()
+    assert loaded.fingerprint == load_model(folder).fingerprint
+
+
+def test_a_whole_model_on_the_hub_keeps_its_note_and_format(hub, tiny_model, byte_tokenizer, tmp_path, monkeypatch):
+    save_model(tiny_model("llama"), byte_tokenizer, tmp_path / "whole", base="", note="a note", format="chat")
+    repositories = hub(me__whole=tmp_path / "whole")
+    monkeypatch.setattr(modeling, "_load_plain", lambda *arguments: (tiny_model("llama"), byte_tokenizer))
+    loaded = load_model("me/whole")
+    assert (loaded.name, loaded.note, loaded.format) == ("me/whole", "a note", "chat")
+    assert repositories.downloads == [("me/whole", ["manyicl.json"])]
+
+
+def test_a_base_of_another_machine_is_named(run_folder, hub, tmp_path):
+    folder, _ = run_folder
+    (folder / "manyicl.json").write_text(json.dumps({"base": "/home/them/base", "note": ""}))
+    (folder / "tokenizer_config.json").unlink()
+    hub(me__run=folder)
+    message = r'me/run: its base model is the folder /home/them/base, which is not on .* as "base" into .*manyicl\.json'
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ModelError, match=message):
+            load("me/run")
+    with pytest.raises(ModelError, match="run: its base model is the folder /home/them/base"):
+        load_model(folder)
+
+
+def test_an_adapter_on_the_hub_without_weights_is_an_error(run_folder, hub):
+    folder, _ = run_folder
+    (folder / "adapter_model.safetensors").unlink()
+    hub(me__run=folder)
+    with pytest.raises(ModelError, match=r"me/run: holds an adapter_config\.json without adapter_model\.safetensors"):
+        load_model("me/run")
+
+
+def test_pushing_warns_of_a_base_that_is_a_folder_here(run_folder, tiny_model_folder, monkeypatch, caplog):
+    folder, _ = run_folder
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    push_to_hub(folder, "mine")
+    assert f"its base model {tiny_model_folder('llama')} is a folder of this machine" in caplog.text
+    caplog.clear()
+    (folder / "manyicl.json").write_text(json.dumps({"base": "owner/base", "note": ""}))
+    push_to_hub(folder, "mine")
+    assert caplog.text == ""

@@ -21,6 +21,8 @@ PUBLIC = [
     "ManyShotClassifier",
     "ManyShotGenerator",
     "Prefix",
+    "PrefixFacts",
+    "PrefixStore",
     "Recipe",
     "Task",
     "TaskSuite",
@@ -29,19 +31,24 @@ PUBLIC = [
     "evaluate_models",
     "export_model",
     "extend",
+    "find_best_labels",
     "generate_answers",
+    "identify_prefix",
     "load_model",
+    "load_prefix",
     "load_recipe",
     "load_suite",
     "load_task",
     "predict",
     "prefill",
     "push_to_hub",
+    "quantise",
     "read_examples",
+    "save_prefix",
     "score_labels",
     "train",
 ]
-COMMANDS = ["train", "evaluate", "predict", "corpus", "inspect", "export", "tasks"]
+COMMANDS = ["train", "evaluate", "predict", "corpus", "inspect", "plan", "export", "tasks"]
 MAX_CPU_SECONDS = 0.5
 
 _THEN_HEAVY = "import sys; print([name for name in ('torch', 'transformers') if name in sys.modules])"

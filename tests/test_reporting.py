@@ -83,7 +83,7 @@ def test_markdown_escapes_what_would_end_a_cell() -> None:
 def test_the_caption_says_what_must_stand_beside_the_table() -> None:
     records = [record(), record(task="size", num_queries=7, seed=1), record(model="tuned", model_note="")]
     assert caption(records) == (
-        "Columns are shots; 0-100; mean over 2 order(s) of demonstrations ± half of the 95% t interval; 2 to 7 queries a task. "
+        "Columns are shots; 0-100; mean over 2 orders of demonstrations ± half of the 95% t interval; 2 to 7 queries a task. "
         "default: dequantised from Q4_1."
     )
 

@@ -12,9 +12,9 @@ from manyicl import runs
 from manyicl.checkpoints import list_checkpoints
 from manyicl.errors import ManyICLError, ModelError, RecipeError, TaskError, UserInputError
 from manyicl.files import hash_file
-from manyicl.modeling import load_model
+from manyicl.modeling import load_model, save_model
 from manyicl.runs import EvaluationRequest, evaluate_models, measure_corpora, open_row, predict, predict_file
-from manyicl.tasks.readers import load_suite
+from manyicl.tasks.readers import load_suite, load_task
 from manyicl.tasks.task import Example
 from manyicl.training import ManyShotTrainer
 from model_fixtures import count_calls, make_recipe
@@ -61,7 +61,8 @@ def test_a_run_folder_holds_what_made_it_and_is_a_model(make, tmp_path, tiny_mod
     assert summary["answers"] == result.answers
     assert summary["peak_memory_bytes"] > 100 * 2**20
     assert summary["tokens_per_second"] == pytest.approx(result.tokens_per_second)
-    assert json.loads((folder / "manyicl.json").read_text()) == {"base": str(tiny_model_folder("llama")), "note": ""}
+    about = json.loads((folder / "manyicl.json").read_text())
+    assert about == {"base": str(tiny_model_folder("llama")), "note": "", "format": "plain"}
     tuned, base = (load_model(name, dtype="float32").model for name in (folder, recipe.model))
     assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
 
@@ -146,7 +147,9 @@ def test_an_interrupted_run_is_refused_without_resume_and_finished_with_it(make,
     assert not (tmp_path / "run" / "summary.json").exists()
     with pytest.raises(ModelError, match="run: holds no model"):
         load_model(tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"run: holds a run already\. Add --resume to go on with it, or choose another output"):
+    with pytest.raises(
+        RecipeError, match=r"run: holds a run already\. Go on with it \(--resume, or resume=True\), or choose another output"
+    ):
         runs.train(make())
     result = runs.train(make(), resume=True)
     assert result.updates == 6
@@ -299,6 +302,7 @@ def test_models_are_evaluated_one_after_the_other(suite_folder, tiny_model_folde
         ({"role": "all"}, ["colour", "size", "mood", "speed"]),
         ({"role": "validation"}, ["mood"]),
         ({"only": ("size", "speed")}, ["size", "speed"]),
+        ({"only": ("size",), "role": "meta_training"}, ["size"]),
     ],
 )
 def test_tasks_are_chosen_by_role_or_name(suite_folder, tiny_model_folder, tmp_path, fields, tasks):
@@ -311,6 +315,7 @@ def test_tasks_are_chosen_by_role_or_name(suite_folder, tiny_model_folder, tmp_p
     [
         ({"role": "held-out"}, "--role 'held-out' is none of meta_training, validation, held_out and all"),
         ({"only": ("taste",)}, r"suite 'suite' has no task 'taste' \(colour, size, mood, speed\)"),
+        ({"only": ("size",), "role": "held_out"}, "task 'size' of suite 'suite' has the role meta_training, not held_out"),
         ({"format": "markdown"}, "--format 'markdown' is neither plain nor chat"),
         ({"context_tokens": 5000}, "a context of 5000 tokens was asked of .*, which has 4096 positions"),
         ({"context_tokens": 10}, "the longest query and its answer take 22 tokens, more than the context of 10"),
@@ -376,6 +381,39 @@ def test_a_file_of_queries_becomes_a_file_of_answers(tiny_model_folder, tmp_path
         {"input": text, "answer": answer.text, "log_probability": answer.log_probability}
         for text, answer in zip(("number 11", "é ☃"), expected, strict=True)
     ]
+
+
+def test_predicting_from_a_tasks_folder_reads_its_task_yaml(tiny_model_folder, tmp_path):
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    (folder / "task.yaml").write_text('input: "colour of {thing}?"\nanswer: colour\nlabels: [red, green, blue]\n')
+    write_rows(folder / "train.jsonl", [{"thing": f"t{n}", "colour": ("red", "green")[n % 2]} for n in range(6)])
+    queries = write_rows(tmp_path / "q.jsonl", [{"thing": "t9"}])
+    model = str(tiny_model_folder("llama"))
+    assert predict_file(model, folder, queries, tmp_path / "a.jsonl", context_tokens=200) == (5, 6, 1)
+    (row,) = map(json.loads, (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (row["input"], row["answer"] in ("red", "green", "blue")) == ("colour of t9?", True)
+    (answer,), _ = predict(model, load_task(folder), ["colour of t9?"], context_tokens=200)
+    assert (row["answer"], row["log_probability"]) == (answer.text, answer.log_probability)
+
+
+def test_a_query_without_the_options_that_its_task_has_is_an_error(tiny_loaded, small_task):
+    rows = [Example(f"n{number}", "x", options=("x", "y" * number)) for number in range(1, 4)]
+    task = small_task((), train=rows, test=())
+    assert len(predict(tiny_loaded("llama"), task, [Example("n9", "", options=("x", "z"))])[0]) == 1
+    with pytest.raises(UserInputError, match=r"query 0 \('n9'\) has no options, as the examples of task .* have\. Give it"):
+        predict(tiny_loaded("llama"), task, ["n9"])
+
+
+def test_a_run_is_read_in_the_format_that_it_was_tuned_in(suite_folder, tiny_model, byte_tokenizer, tmp_path):
+    save_model(tiny_model("llama"), byte_tokenizer, tmp_path / "model", base="", note="", format="chat")
+    assert load_model(tmp_path / "model").format == "chat"
+    found = {}
+    for format in (None, "chat", "plain"):
+        request = EvaluationRequest((str(tmp_path / "model"),), str(suite_folder()), "all", ("speed",), (2,), 1, 2, None, format)
+        found[format] = [record.prefix_tokens for record in evaluate_models(request, tmp_path / f"{format}.jsonl")]
+    assert found[None] == found["chat"] != found["plain"]
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "model").glob("*.safetensors")] == [0o644]
 
 
 def test_nothing_is_half_written_when_predicting_fails(tiny_model_folder, tmp_path, monkeypatch):

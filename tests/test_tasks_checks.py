@@ -182,8 +182,29 @@ def test_a_suite_against_itself_finds_every_task(suite_folder) -> None:
     (folder / "speed" / "train.jsonl").write_text("".join(rows))
     (folder / "speed" / "test.jsonl").unlink()
     kinds = [(finding.kind, finding.task) for finding in check_folder(folder, against=folder)]
-    assert kinds == [("shared between suites", "speed")]
+    assert sorted(name for kind, name in kinds if kind == "copied task") == ["colour", "mood", "size", "speed"]
+    assert [name for kind, name in kinds if kind != "copied task"] == ["speed"]
     assert check_folder(folder) == []
+
+
+def test_a_copied_task_of_short_texts_in_another_role_is_an_error(small_task) -> None:
+    rows = [Example(f"no {number}", LABELS[number % 2], source=f"a:{number}") for number in range(6)]
+    tasks = {
+        "first": small_task(LABELS, name="first", train=rows, test=()),
+        "copy": small_task(LABELS, name="copy", train=[*rows[:3], Example("else", "yes"), Example("more", "no")], test=()),
+    }
+    findings = check_suite(TaskSuite("s", tasks, meta_training=("first",), held_out=("copy",)))
+    assert [(finding.severity, finding.kind, finding.source) for finding in findings] == [("error", "copied task", "a:0")]
+    assert findings[0].message.startswith("3 of 5 inputs stand in copy too (meta_training and held_out)")
+    assert check_suite(TaskSuite("s", tasks, held_out=("first", "copy"))) == []
+    tasks["copy"] = small_task(LABELS, name="copy", train=[*rows[:2], *(Example(text, "no") for text in "abc")], test=())
+    assert check_suite(TaskSuite("s", tasks, meta_training=("first",), held_out=("copy",))) == []
+
+
+def test_classification_without_labels_is_a_warning(small_task) -> None:
+    free = small_task((), family="classification", train=[Example("one", "slow"), Example("two", "fast")], test=())
+    assert [(finding.severity, finding.kind) for finding in check_task(free)] == [("warning", "no labels")]
+    assert check_task(replace(free, family="qa")) == []
 
 
 def test_short_texts_without_spaces_are_compared_whole(small_task) -> None:
@@ -193,7 +214,7 @@ def test_short_texts_without_spaces_are_compared_whole(small_task) -> None:
         for name in ("one", "two")
     }
     findings = check_suite(TaskSuite("s", tasks, meta_training=("one",), held_out=("two",)))
-    assert [finding.message for finding in findings] == [
+    assert [finding.message for finding in findings if finding.kind != "copied task"] == [
         "3 examples share text with two (meta_training and held_out), first with two"
     ]
 

@@ -238,18 +238,28 @@ def test_a_chat_file_without_answers_is_refused(tmp_path: Path) -> None:
 def test_queries_are_rendered_as_the_demonstrations_are(tmp_path: Path) -> None:
     rows = [{"premise": "P", "hypothesis": "H", "label": "x"}]
     demonstrations = read_examples(write_rows(tmp_path / "a.jsonl", rows))
-    assert read_queries(write_rows(tmp_path / "b.jsonl", [{"premise": "P", "hypothesis": "H"}])) == [demonstrations[0].input]
+    asked = read_queries(write_rows(tmp_path / "b.jsonl", [{"premise": "P", "hypothesis": "H"}]))
+    assert [query.input for query in asked] == [demonstrations[0].input]
     chats = [
         chat(("user", "one"), ("assistant", "1"), ("user", "two")),
         chat(("user", "a"), ("assistant", "b", 0), ("user", "c")),
     ]
-    assert read_queries(write_rows(tmp_path / "c.jsonl", chats)) == ["two", "a\nb\nc"]
+    assert [query.input for query in read_queries(write_rows(tmp_path / "c.jsonl", chats))] == ["two", "a\nb\nc"]
     with pytest.raises(RowError, match=r"d\.jsonl:1: ends with an answer"):
         read_queries(write_rows(tmp_path / "d.jsonl", [chat(("user", "one"), ("assistant", "1"))]))
     with pytest.raises(TaskError, match=r"e\.jsonl:1: no input field among foo\. Name the column `input`"):
         read_queries(write_rows(tmp_path / "e.jsonl", [{"foo": "x"}]))
     with pytest.raises(RowError, match=r"f\.jsonl:2: field 'input' is missing"):
         read_queries(write_rows(tmp_path / "f.jsonl", [{"input": "x"}, {"text": "y"}]))
+
+
+def test_queries_of_a_task_folder_are_read_by_its_task_yaml(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text('input: "Q: {q}"\nanswer: a\noptions: choices\n')
+    path = write_rows(tmp_path / "q.jsonl", [{"q": "one", "choices": ["x", "y"]}])
+    (query,) = read_queries(path, folder=tmp_path)
+    assert (query.input, query.options, query.source) == ("Q: one", ("x", "y"), f"{path}:1")
+    with pytest.raises(RowError, match=r"q\.jsonl:1: field 'choices' is missing"):
+        read_queries(write_rows(tmp_path / "q.jsonl", [{"q": "one"}]), folder=tmp_path)
 
 
 def test_task_of_examples_takes_recurring_answers_as_labels() -> None:

@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from manyicl.config import Recipe, load_recipe
     from manyicl.encoding import Encoder
     from manyicl.estimator import ManyShotClassifier, ManyShotGenerator
+    from manyicl.label_search import find_best_labels
     from manyicl.modeling import LoadedModel, export_model, load_model, push_to_hub
-    from manyicl.prefix import Prefix, extend, prefill
+    from manyicl.prefix import Prefix, extend, prefill, quantise
+    from manyicl.prefix_files import PrefixFacts, identify_prefix, load_prefix, save_prefix
+    from manyicl.prefix_store import PrefixStore
     from manyicl.runs import EvaluationRequest, evaluate_models, predict, train
     from manyicl.scoring import generate_answers, score_labels
     from manyicl.tasks.checks import check_suite, check_task
@@ -28,6 +31,8 @@ _HOMES = {
     "ManyShotClassifier": "estimator",
     "ManyShotGenerator": "estimator",
     "Prefix": "prefix",
+    "PrefixFacts": "prefix_files",
+    "PrefixStore": "prefix_store",
     "Recipe": "config",
     "Task": "tasks.task",
     "TaskSuite": "tasks.task",
@@ -36,15 +41,20 @@ _HOMES = {
     "evaluate_models": "runs",
     "export_model": "modeling",
     "extend": "prefix",
+    "find_best_labels": "label_search",
     "generate_answers": "scoring",
+    "identify_prefix": "prefix_files",
     "load_model": "modeling",
+    "load_prefix": "prefix_files",
     "load_recipe": "config",
     "load_suite": "tasks.readers",
     "load_task": "tasks.readers",
     "predict": "runs",
     "prefill": "prefix",
     "push_to_hub": "modeling",
+    "quantise": "prefix",
     "read_examples": "tasks.readers",
+    "save_prefix": "prefix_files",
     "score_labels": "scoring",
     "train": "runs",
 }
@@ -57,6 +67,8 @@ __all__ = [
     "ManyShotClassifier",
     "ManyShotGenerator",
     "Prefix",
+    "PrefixFacts",
+    "PrefixStore",
     "Recipe",
     "Task",
     "TaskSuite",
@@ -65,15 +77,20 @@ __all__ = [
     "evaluate_models",
     "export_model",
     "extend",
+    "find_best_labels",
     "generate_answers",
+    "identify_prefix",
     "load_model",
+    "load_prefix",
     "load_recipe",
     "load_suite",
     "load_task",
     "predict",
     "prefill",
     "push_to_hub",
+    "quantise",
     "read_examples",
+    "save_prefix",
     "score_labels",
     "train",
 ]

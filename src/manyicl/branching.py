@@ -58,6 +58,58 @@ class Branch:
     visible: BoolArray
 
 
+def _make_places(states: Tensor, num_tokens: int) -> Tensor:
+    """Room for `num_tokens` tokens of the kind of [B, K, L, D]."""
+    return states.new_empty(*states.shape[:2], num_tokens, states.shape[3])
+
+
+class PastStates:
+    """Keys and values of the branches' earlier tokens, per layer, in buffers that new ones are written into.
+
+    What is stored is never copied as a whole while the buffers last; when they are full, they double.
+
+    Args:
+        num_tokens: Places [B, K, num_tokens, D] that are made at first.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._buffers: dict[int, LayerStates] = {}
+        self._num_used: dict[int, int] = {}
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> LayerStates:
+        """All keys and values [B, K, past + L, D] of a layer, those of this pass [B, K, L, D] last."""
+        start = self._num_used.get(layer, 0)
+        self._num_used[layer] = stop = start + key.shape[2]
+        buffers = self._buffers.get(layer)
+        if buffers is None or buffers[0].shape[2] < stop:
+            size = max(stop, self._num_tokens if buffers is None else 2 * buffers[0].shape[2])
+            grown = _make_places(key, size), _make_places(value, size)
+            for new, old in zip(grown, buffers or (), strict=False):
+                new[:, :, :start] = old[: len(new), :, :start]
+            self._buffers[layer] = buffers = grown
+        for buffer, states in zip(buffers, (key, value), strict=True):
+            buffer[: len(states), :, start:stop] = states
+        return buffers[0][: len(key), :, :stop], buffers[1][: len(value), :, :stop]
+
+    def keep(self, lines: Sequence[int]) -> list[int]:
+        """Forget all branches but `lines`; the last of these take the places of those that leave.
+
+        Returns:
+            The kept lines, in the order in which later passes must give their branches.
+        """
+        order = list(range(len(lines)))
+        holes = [place for place in order if place not in set(lines)]
+        movers = [line for line in lines if line >= len(lines)]
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        if holes:
+            for layer, buffers in self._buffers.items():
+                for buffer in buffers:
+                    buffer[holes, :, : self._num_used[layer]] = buffer[movers, :, : self._num_used[layer]]
+        return order
+
+
 @dataclass
 class FlatBranches(Branches):
     """Branches of different lengths in one row.
@@ -65,12 +117,12 @@ class FlatBranches(Branches):
     Attributes:
         places: The row's token at each place of each branch, int64 [B, L]; padding names token 0 and is masked.
         homes: The place (counted through [B, L]) of each of the row's tokens, int64 [N].
-        keeps_past: Whether keys and values are kept for a later pass.
+        earlier: Keys and values of the branches' earlier tokens, which those of this pass join; None where no pass follows.
     """
 
     places: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     homes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    keeps_past: bool = False
+    earlier: PastStates | None = None
 
     @property
     def is_padded(self) -> bool:
@@ -78,11 +130,8 @@ class FlatBranches(Branches):
         return self.places.numel() != self.homes.numel()
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> LayerStates:
-        """The branches' keys and values [B, K, L, D]; kept only on request."""
-        states = super().append(layer, key, value)
-        if not self.keeps_past:
-            del self.past[layer]
-        return states
+        """The branches' keys and values [B, K, past + L, D]; kept only on request."""
+        return (key, value) if self.earlier is None else self.earlier.append(layer, key, value)
 
     def spread(self, states: Tensor) -> Tensor:
         """Heads [1, H, N, D] of the row, laid out by branch: [B, H, L, D]."""
@@ -114,12 +163,12 @@ def flatten_branches(
     prefix: Prefix,
     device: torch.device,
     *,
-    past: dict[int, LayerStates] | None = None,
+    past: PastStates | None = None,
 ) -> FlatRow:
     """Lay branches out as one row behind a prefix.
 
     Args:
-        past: Keys and values [B, K, past, D] of the branches' earlier tokens, per layer; given, those of this pass join them.
+        past: The branches' earlier tokens; given, those of this pass join them.
     """
     lengths = np.array([len(branch.token_ids) for branch in branches], dtype=np.int64)
     starts = np.concatenate([[0], lengths.cumsum()])
@@ -135,10 +184,9 @@ def flatten_branches(
     flat = FlatBranches(
         prefix=prefix.states,
         mask=torch.from_numpy(mask).to(device),
-        past={} if past is None else past,
         places=torch.from_numpy(places).to(device),
         homes=torch.from_numpy(np.flatnonzero(inside)).to(device),
-        keeps_past=past is not None,
+        earlier=past,
     )
     token_ids = torch.from_numpy(np.concatenate([branch.token_ids for branch in branches])).to(device)
     positions = torch.from_numpy(np.concatenate([branch.positions for branch in branches])).to(device)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -26,6 +27,8 @@ def _configure(
     """Many-shot in-context fine-tuning: tune a language model once, then teach it tasks by examples in its context."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # transformers 5.23 and PEFT 0.21 call names that transformers has renamed; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 @app.command()
@@ -55,13 +58,16 @@ def evaluate(
     model: Annotated[list[str], typer.Option(help="`default`, a folder, a hub id, a .gguf file or a run; may be given again.")],
     output: Annotated[Path, typer.Option(help="Records, as JSON lines; an interrupted evaluation goes on here.")],
     tasks: Annotated[str, typer.Option(help="`builtin`, a suite's folder or a task's folder.")] = "builtin",
-    role: Annotated[str, typer.Option(help="meta_training, validation, held_out or all.")] = "held_out",
-    only: Annotated[str, typer.Option(help="Names of tasks, comma-separated.")] = "",
+    role: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="meta_training, validation, held_out or all; held_out unless given, or unless tasks are named."),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Names of tasks, comma-separated; of that role, if one is given.")] = "",
     shots: Annotated[str, typer.Option(help="Demonstrations, comma-separated; max is what fits.")] = "0,1,4,16,64,max",
     seeds: Annotated[int, typer.Option(help="Orders of demonstrations.", min=1)] = 3,
     queries: Annotated[int, typer.Option(help="Queries per task; the first of its test split.", min=1)] = 100,
     context: Annotated[Optional[int], typer.Option(help="Tokens of context; the model's own unless given.")] = None,  # noqa: UP045
-    format: Annotated[str, typer.Option(help="plain or chat; must be the format that the model was tuned in.")] = "plain",
+    format: Annotated[Optional[str], typer.Option(help="plain or chat; what the model was tuned in unless given.")] = None,  # noqa: UP045
 ) -> None:
     """Measure models on tasks by number of demonstrations, and print the shot curves."""
     from manyicl.reporting.terminal import print_curves
@@ -85,15 +91,19 @@ def evaluate(
 @app.command()
 def predict(
     model: Annotated[str, typer.Option(help="`default`, a folder, a hub id, a .gguf file or a run.")],
-    demonstrations: Annotated[Path, typer.Option(help="Labelled examples: JSONL, CSV or Parquet.")],
+    demonstrations: Annotated[Path, typer.Option(help="Labelled examples: a task's folder, or a JSONL, CSV or Parquet file.")],
     queries: Annotated[Path, typer.Option(help="Inputs whose answers are wanted.")],
     output: Annotated[Path, typer.Option(help="Answers, as JSON lines.")],
     seed: Annotated[int, typer.Option(help="Seed of the order of demonstrations.", min=0)] = 0,
+    context: Annotated[Optional[int], typer.Option(help="Tokens of context; the model's own unless given.")] = None,  # noqa: UP045
+    format: Annotated[Optional[str], typer.Option(help="plain or chat; what the model was tuned in unless given.")] = None,  # noqa: UP045
 ) -> None:
     """Answer queries of a task of your own from its labelled examples, without tuning."""
     from manyicl.runs import predict_file
 
-    num_used, num_given, num_answers = predict_file(model, demonstrations, queries, output, seed=seed)
+    num_used, num_given, num_answers = predict_file(
+        model, demonstrations, queries, output, seed=seed, context_tokens=context, format=format
+    )
     typer.echo(f"{num_answers} answers from {num_used} of {num_given} demonstrations; written to {output}")
 
 
@@ -135,14 +145,48 @@ def inspect(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="H100, H200, A100, L4, or cpu: this machine, measured now.")] = "cpu",
+    devices: Annotated[int, typer.Option(help="How many of them.", min=1)] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights, gradients and optimizer are divided among the devices.")] = False,
+    context_parallel: Annotated[int, typer.Option(help="Devices that share a row.", min=1)] = 1,
+    price: Annotated[Optional[float], typer.Option(help="US dollars a device and hour; assumed unless given.", min=0)] = None,  # noqa: UP045
+    efficiency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of the device's matrix rate that is reached; assumed unless given.", min=0.01, max=1),
+    ] = None,
+    targets: Annotated[float, typer.Option(help="Share of a row's tokens that are targets.", min=0, max=1)] = 0.1,
+    shape: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="llama3-8b, llama3-70b, mistral-7b or gemma-7b, in place of the recipe's model."),
+    ] = None,
+) -> None:
+    """Forecast memory, time and cost of a run, from its recipe and the model's config alone."""
+    from manyicl.config import load_recipe
+
+    parsed = load_recipe(recipe, overrides)
+    from manyicl.training_plan import Layout, PlanRequest, plan_recipe, show_plan
+
+    layout = Layout(num_devices=devices, is_sharded=fsdp, context_parallel=context_parallel)
+    typer.echo(show_plan(plan_recipe(parsed, PlanRequest(device, layout, price, efficiency, targets, shape))))
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A finished run's folder.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint, or a file whose name ends in .gguf.")],
 ) -> None:
-    """Merge a run's adapter into its base and write a plain Hugging Face checkpoint."""
-    from manyicl.modeling import export_model
+    """Merge a run's adapter into its base and write a plain Hugging Face checkpoint, or a GGUF file of a Llama model."""
+    if output.suffix == ".gguf":
+        from manyicl.gguf_export import export_gguf
 
-    export_model(model, output)
+        export_gguf(model, output)
+    else:
+        from manyicl.modeling import export_model
+
+        export_model(model, output)
     typer.echo(f"written to {output}")
 
 
@@ -151,11 +195,14 @@ app.add_typer(tasks_app, name="tasks")
 
 
 @tasks_app.command("list")
-def list_tasks(suite: Annotated[str, typer.Argument(help="`builtin` or a folder.")] = "builtin") -> None:
+def list_tasks(
+    suite: Annotated[str, typer.Argument(help="`builtin`, a suite's folder or a task's folder.")] = "builtin",
+) -> None:
     """List the tasks of a suite with their roles."""
     from manyicl.tasks.readers import load_suite
 
     loaded = load_suite(suite)
+    typer.echo(f"{'task':28} {'role':14} {'family':15} {'metric':14} {'train':>5} + {'test':>4}  answers")
     for name, task in loaded.tasks.items():
         kind = f"{len(task.labels)} labels" if task.labels else "options" if task.is_choice else "free text"
         typer.echo(

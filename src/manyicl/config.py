@@ -74,6 +74,9 @@ class TrainingConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Base weights' type; auto takes bfloat16 where it is fast."
     )
+    kernels: Literal["auto", "none"] = Field(
+        "auto", description="Attention and layers: the fastest that are there, or none but those of transformers."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     save_every: int = Field(50, ge=1, description="Updates between checkpoints.")
     validate_checkpoints: bool = Field(False, description="Measure the validation loss at each checkpoint and keep the best.")
@@ -91,6 +94,9 @@ class Recipe(_Section):
     model: str = Field("default", description="`default`, a folder, a hub id, a .gguf file or a finished run's folder.")
     tasks: str = Field("builtin", description="`builtin`, or the folder of a suite.")
     meta_training: list[str] | None = Field(None, description="Names of the tasks trained on; None takes the suite's.")
+    rope_scaling: dict[str, Any] | None = Field(
+        None, description="More positions than the model has, {rope_type: yarn, factor: 4.0} for instance."
+    )
     seed: int = Field(0, ge=0, description="Everything random follows from it.")
     output: str = Field("runs/manyicl", description="Folder of the run.")
     episodes: EpisodesConfig = EpisodesConfig()
@@ -163,10 +169,26 @@ def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
         return f"{dotted} is missing. Add it."
     if item["type"] not in ("extra_forbidden", "invalid_key"):
         return f"{dotted} = {item['input']!r}: {item['msg'].removeprefix('Value error, ').removesuffix('.')}."
+    everywhere = _dotted_keys(section)
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        section = next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), section)
+        section = _subsection(section, part) or section
     valid = list(section.model_fields)
-    nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == location[-1]]
+    nearest = elsewhere or difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
     return f"unknown key {dotted!r}; the nearest valid one is {nearest[0]!r} (valid here: {', '.join(valid)})."
+
+
+def _subsection(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section that a key holds, None where it holds a value."""
+    annotation = section.model_fields[key].annotation
+    candidates = (annotation, *get_args(annotation))
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), None)
+
+
+def _dotted_keys(section: type[BaseModel]) -> list[str]:
+    """Every key of a section and of those inside it, as key.subkey."""
+    keys = []
+    for key in section.model_fields:
+        inner = _subsection(section, key)
+        keys += [key] if inner is None else [key, *(f"{key}.{name}" for name in _dotted_keys(inner))]
+    return keys

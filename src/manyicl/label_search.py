@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from manyicl.attention import LayerStates, use_shared_prefix_attention
+from manyicl.attention import use_shared_prefix_attention
 from manyicl.branching import (
     Branch,
+    PastStates,
     check_positions,
     flatten_branches,
     log_probabilities,
@@ -229,7 +230,7 @@ class _Search:
 
 def _search_batch(model: PreTrainedModel, prefix: Prefix, searches: Sequence[_Search]) -> None:
     """Run the searches to their end; each pass computes the next nodes of all that are unfinished."""
-    past: dict[int, LayerStates] = {}
+    past = PastStates(max(len(search.query) for search in searches) + PASS_TOKENS)
     branches = [query_branch(search.query) for search in searches]
     chosen = [[ROOT] for _ in searches]
     _pass(model, prefix, searches, branches, chosen, past)
@@ -240,10 +241,7 @@ def _search_batch(model: PreTrainedModel, prefix: Prefix, searches: Sequence[_Se
         if not going:
             return
         if len(going) < len(active):
-            kept = torch.tensor(going, device=model.device)
-            for layer, (key, value) in past.items():
-                past[layer] = (key.index_select(0, kept), value.index_select(0, kept))
-            active = [active[line] for line in going]
+            active = [active[line] for line in past.keep(going)]
         width = max(1, PASS_TOKENS // len(active))
         chosen = [search.choose(width) for search in active]
         branches = [search.branch(nodes, num_past) for search, nodes in zip(active, chosen, strict=True)]
@@ -257,7 +255,7 @@ def _pass(
     searches: Sequence[_Search],
     branches: Sequence[Branch],
     chosen: Sequence[Sequence[int]],
-    past: dict[int, LayerStates],
+    past: PastStates,
 ) -> None:
     """Compute one branch of each search and hand every search the log-probabilities that leave its chosen nodes."""
     row = flatten_branches(branches, prefix, model.device, past=past)

@@ -1,11 +1,12 @@
 """Load, LoRA-wrap, save, merge and export a causal LM with its tokenizer.
 
 A model is named the same way everywhere: `default`, a local folder, a hub id, a `.gguf` file, or a finished run's folder
-(an adapter beside a manyicl.json that names its base).
+(an adapter beside a manyicl.json that names its base), here or on the hub.
 """
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from manyicl.default_model import DEFAULT_NOTE, default_model_folder, gguf_model
 from manyicl.errors import ModelError
 from manyicl.files import hash_file, storage_errors, write_json_atomic
 
+logger = logging.getLogger(__name__)
+
 RUN_FILE = "manyicl.json"
 # JSON files that decide what a model answers; a run's own (its summary, its measured speed) do not.
 _FINGERPRINTED = (
@@ -38,7 +41,15 @@ _FINGERPRINTED = (
     "added_tokens.json",
     "vocab.json",
 )
+# Files of a hub repository that an adapter is loaded from.
+_ADAPTER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.safetensors"]
+# Scalings of rotary positions that are the same for every length, so that keys computed before stay true.
+_ROPE_SCALINGS = ("linear", "yarn")
+NUM_CHECKED_TOKENS = 48
+# By how much of the largest logit two loads of the same weights may differ: a few roundings of the type.
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 Dtype = Literal["auto", "bfloat16", "float32"]
+Format = Literal["plain", "chat"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class LoadedModel:
         name: The name it was asked for by.
         note: What every result of it must say beside it, such as "dequantised from Q4_1".
         fingerprint: SHA-256 over the files it was loaded from.
+        format: Format of the rows it was tuned on; plain for a model that is no run.
         context_tokens: Positions that the model has.
     """
 
@@ -57,6 +69,7 @@ class LoadedModel:
     name: str
     note: str
     fingerprint: str
+    format: Format = "plain"
 
     @property
     def context_tokens(self) -> int:
@@ -64,25 +77,45 @@ class LoadedModel:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
 
-def load_model(name: str | Path = "default", *, dtype: Dtype = "auto", trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    name: str | Path = "default",
+    *,
+    dtype: Dtype = "auto",
+    rope_scaling: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """The model of that name in evaluation mode, an adapter merged into its base (in fp32, then cast).
 
+    Args:
+        rope_scaling: How its rotary positions are scaled so that it has more of them, {"rope_type": "yarn", "factor": 4.0}
+            for instance; None takes what a run was trained with, or the model's own.
+
     Raises:
-        ModelError: there is no such model, it has no weights or no end token, or the processor lacks the dtype.
+        ModelError: there is no such model, it has no weights or no end token, the processor lacks the dtype, or the scaling
+            does not fit the model.
     """
     name, target = str(name), resolve_dtype(dtype)
     folder, note = _locate(name)
     if folder is not None and (folder / "adapter_config.json").is_file():
-        base = load_model(_read_run_file(folder)["base"], dtype="float32", trust_remote_code=trust_remote_code)
+        run = _read_adapter_run(name, folder)
+        scaling = rope_scaling or run["rope_scaling"]
+        base = load_model(run["base"], dtype="float32", rope_scaling=scaling, trust_remote_code=trust_remote_code)
         with _loading(name):
             adapted = PeftModel.from_pretrained(base.model, str(folder))
         model = _cast_weights(adapted.merge_and_unload(), target)
         fingerprint = _fingerprint(folder, base.fingerprint)
-        return LoadedModel(model.eval(), base.tokenizer, name, base.note, fingerprint)
+        return LoadedModel(model.eval(), base.tokenizer, name, base.note, fingerprint, run["format"])
     source = str(folder) if folder is not None else name
-    model, tokenizer = _load_plain(source, target, trust_remote_code)
+    model, tokenizer = _load_plain(source, target, rope_scaling, trust_remote_code)
     revision = getattr(model.config, "_commit_hash", None)  # Of a hub id, which can mean other weights tomorrow.
-    return LoadedModel(model.eval(), tokenizer, name, note, _fingerprint(folder, f"{name}@{revision}"))
+    fingerprint = _fingerprint(folder, f"{name}@{revision}")
+    if rope_scaling:
+        fingerprint = hashlib.sha256(f"{fingerprint}:{json.dumps(rope_scaling, sort_keys=True)}".encode()).hexdigest()
+    run_file = folder / RUN_FILE if folder is not None else _hub_file(name, RUN_FILE)
+    if run_file is None or not run_file.is_file():
+        return LoadedModel(model.eval(), tokenizer, name, note, fingerprint)
+    run = _read_run_file(run_file.parent)
+    return LoadedModel(model.eval(), tokenizer, name, run["note"], fingerprint, run["format"])
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -100,8 +133,40 @@ def load_tokenizer(name: str | Path = "default", *, trust_remote_code: bool = Fa
     """
     folder, _ = _locate(str(name))
     if folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(_read_run_file(folder)["base"], trust_remote_code=trust_remote_code)
+        return load_tokenizer(_read_adapter_run(str(name), folder)["base"], trust_remote_code=trust_remote_code)
     return _load_plain_tokenizer(str(folder or name), trust_remote_code)
+
+
+def load_config(
+    name: str | Path = "default", *, rope_scaling: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The config of the model of that name, without its weights; of its base for an adapter. A folder needs a config.json alone.
+
+    Args:
+        rope_scaling: As for `load_model`.
+
+    Raises:
+        ModelError: there is no such model, it cannot be reached, its config cannot be read, or the scaling does not fit.
+    """
+    source = str(name)
+    if not (Path(source) / "config.json").is_file():
+        folder, _ = _locate(source)
+        if folder is not None and (folder / "adapter_config.json").is_file():
+            run = _read_adapter_run(source, folder)
+            scaling = rope_scaling or run["rope_scaling"]
+            return load_config(run["base"], rope_scaling=scaling, trust_remote_code=trust_remote_code)
+        source = str(folder or source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{name}: its config cannot be read: {first_line} Give `default`, a folder with a config.json, a hub id that can be "
+            "reached, a .gguf file or a finished run's folder; a plan also takes a published shape (--shape)."
+        ) from error
+    if rope_scaling:
+        _scale_rope(str(name), config, rope_scaling)
+    return config
 
 
 def resolve_dtype(dtype: Dtype) -> torch.dtype:
@@ -143,7 +208,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
         )
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: str, note: str) -> None:
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: str, note: str, format: Format = "plain"
+) -> None:
     """Write an adapter or a whole model with its tokenizer, so that `folder` names a model.
 
     Files are written to a temporary folder and moved one by one, the file that makes the folder a model last.
@@ -151,6 +218,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
     Args:
         base: Name of the model that was tuned, empty for none; a local folder is kept as an absolute path.
         note: What every result of the model must say beside it.
+        format: Format of the rows that it was tuned on.
 
     Raises:
         ModelError: the model still carries a quantisation entry, whose weights would be read wrongly.
@@ -167,8 +235,11 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (Path(temporary) / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written from records.
-            write_json_atomic(Path(temporary) / RUN_FILE, {"base": _lasting_name(base), "note": note})
+            facts = {"base": _lasting_name(base), "note": note, "format": format}
+            scaling = getattr(model, "manyicl_rope_scaling", None)
+            write_json_atomic(Path(temporary) / RUN_FILE, facts | ({"rope_scaling": scaling} if scaling else {}))
             for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+                path.chmod(0o644)  # safetensors writes files that only their owner can read.
                 shutil.move(str(path), folder / path.name)
 
 
@@ -177,17 +248,56 @@ def _lasting_name(name: str) -> str:
     return str(Path(name).resolve()) if name not in ("", "default") and Path(name).exists() else name
 
 
-def export_model(name: str | Path, output: Path, *, dtype: Dtype = "auto") -> None:
-    """Write a model with its adapter merged as a plain Hugging Face checkpoint.
+def export_model(name: str | Path, output: Path, *, dtype: Dtype = "auto") -> float:
+    """Write a model with its adapter merged as a plain Hugging Face checkpoint, and load it again to compare logits.
+
+    Costs the memory of two copies of the model.
+
+    Returns:
+        The largest difference of logits; see `check_logits`.
 
     Raises:
-        ModelError: see `load_model`; or `output` holds something already.
+        ModelError: see `load_model`; or `output` holds something already; or the checkpoint gives other logits, and is removed.
         StorageError: the disk is full or the folder cannot be written.
     """
+    if output.suffix == ".gguf":
+        raise ModelError(f"{output}: names a file. For a .gguf file use gguf_export.export_gguf or manyicl export.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: is not empty. Give a new folder, so that files of two models do not mix.")
     loaded = load_model(name, dtype=dtype)
-    save_model(loaded.model, loaded.tokenizer, output, base="", note=loaded.note)
+    save_model(loaded.model, loaded.tokenizer, output, base="", note=loaded.note, format=loaded.format)
+    try:
+        return check_logits(loaded.model, load_model(output, dtype=dtype).model, str(output))
+    except ModelError:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+@torch.inference_mode()
+def check_logits(model: PreTrainedModel, copy: PreTrainedModel, where: str) -> float:
+    """The largest difference between the logits of a model and of its written copy, as a share of the largest logit.
+
+    Both see the same 48 tokens, whose ids are spread over the vocabulary. Two loads of the same weights mostly agree to the
+    last bit; `LOGIT_TOLERANCE` is what they may differ by.
+
+    Args:
+        where: What the copy was loaded from.
+
+    Raises:
+        ModelError: they differ by more.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    token_ids = torch.linspace(0, vocabulary - 1, NUM_CHECKED_TOKENS, device=model.device).long().unsqueeze(0)
+    own, copied = (each(input_ids=token_ids, use_cache=False).logits.float() for each in (model, copy))
+    difference = float((own - copied).abs().max() / own.abs().max())
+    tolerance = LOGIT_TOLERANCE[model.dtype]
+    if not difference <= tolerance:  # Not a number either.
+        raise ModelError(
+            f"{where}: read back, its logits differ by {difference:.2g} of the largest from those of the model, more than "
+            f"{tolerance:g}; it was removed. Export in another format, and please report it."
+        )
+    logger.info("%s: read back, its logits differ by at most %.2g of the largest", where, difference)
+    return difference
 
 
 def push_to_hub(name: str | Path, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
@@ -206,6 +316,15 @@ def push_to_hub(name: str | Path, repo_id: str, *, private: bool | None = None, 
     if not folder.is_dir():
         raise ModelError(f"{name}: no such folder. Give the folder of a finished run, or of an exported model.")
     _locate(str(name))
+    base = _read_run_file(folder)["base"] if (folder / "adapter_config.json").is_file() else ""
+    if Path(str(base)).is_absolute():
+        logger.warning(
+            '%s: its base model %s is a folder of this machine. Write a name that others know as "base" into %s, or push an '
+            "exported model.",
+            name,
+            base,
+            folder / RUN_FILE,
+        )
     ignored = options.pop("ignore_patterns", None) or []
     ignored = ["checkpoints/*", ".saving-*", *([ignored] if isinstance(ignored, str) else ignored)]
     api = HfApi()
@@ -223,7 +342,10 @@ def _locate(name: str) -> tuple[Path | None, str]:
             raise ModelError(f"{name}: no such file. Give the path of a .gguf file.")
         return gguf_model_folder(path), f"dequantised from {path.name}"
     if not path.is_dir():
-        return None, ""
+        adapter = _hub_adapter(name)
+        if adapter is None:
+            return None, ""
+        path = adapter
     if (path / "adapter_config.json").is_file():
         if not (path / "adapter_model.safetensors").is_file():
             raise ModelError(
@@ -232,7 +354,44 @@ def _locate(name: str) -> tuple[Path | None, str]:
         return path, ""
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise ModelError(f"{name}: holds no model (config.json and *.safetensors). Give a model's or a finished run's folder.")
-    return path, str(_read_run_file(path).get("note", "")) if (path / RUN_FILE).is_file() else ""
+    return path, ""
+
+
+def _hub_adapter(name: str) -> Path | None:
+    """The local copy of a hub repository that holds an adapter; None for a whole model and for what cannot be reached."""
+    if _hub_file(name, "adapter_config.json") is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    with _loading(name):
+        return Path(snapshot_download(name, allow_patterns=_ADAPTER_FILES, ignore_patterns=["*/*"]))
+
+
+def _hub_file(name: str, file: str) -> Path | None:
+    """A file of a hub repository, downloaded when it is not here; None where there is no such file or repository."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with bars_on_terminals_only():
+            return Path(hf_hub_download(name, file))
+    except (OSError, ValueError):  # Of every kind; what cannot be reached is said when the model itself is loaded.
+        return None
+
+
+def _read_adapter_run(name: str, folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says, its base looked for.
+
+    Raises:
+        ModelError: see `_read_run_file`; or its base is a folder that is not here.
+    """
+    run = _read_run_file(folder)
+    base = Path(str(run["base"]))
+    if base.is_absolute() and not base.exists():
+        raise ModelError(
+            f"{name}: its base model is the folder {base}, which is not on this machine. Put the model there, or write where it "
+            f'stands (a folder or a hub id) as "base" into {folder / RUN_FILE}; an exported model needs no base.'
+        )
+    return run
 
 
 def _read_run_file(folder: Path) -> dict[str, Any]:
@@ -244,16 +403,23 @@ def _read_run_file(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE if (folder / RUN_FILE).is_file() else folder / "adapter_config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"base": content["base" if path.name == RUN_FILE else "base_model_name_or_path"], "note": content.get("note", "")}
+        base = content["base" if path.name == RUN_FILE else "base_model_name_or_path"]
+        facts = {"note": "", "format": "plain", "rope_scaling": None}
+        return {"base": base} | {name: content.get(name, default) for name, default in facts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path}: says no base model ({error!r}). Give the folder of a finished run or of a whole model."
         ) from error
 
 
-def _load_plain(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_plain(
+    source: str, dtype: torch.dtype, rope_scaling: dict[str, Any] | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _loading(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if rope_scaling:
+        _scale_rope(source, config, rope_scaling)
+    with _loading(source):
         found: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -269,7 +435,32 @@ def _load_plain(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tup
             f"{source}: {len(missing)} weights are not in its files and would be random, {missing[0]} first. "
             "Give the folder of a whole causal language model."
         )
+    if rope_scaling:
+        model.manyicl_rope_scaling = rope_scaling  # From where save_model takes it for manyicl.json.
     return model, _load_plain_tokenizer(source, trust_remote_code)
+
+
+def _scale_rope(source: str, config: Any, scaling: dict[str, Any]) -> None:
+    """Change a config so that its model has more positions, rotary angles scaled as asked.
+
+    Raises:
+        ModelError: the scaling is none of ours, or the model's angles are scaled already or differ from layer to layer.
+    """
+    factor = scaling.get("factor")
+    if scaling.get("rope_type") not in _ROPE_SCALINGS or not isinstance(factor, (int, float)) or not 1 < factor < float("inf"):
+        raise ModelError(
+            f"rope_scaling = {scaling}: give a rope_type ({' or '.join(_ROPE_SCALINGS)}) and a factor above 1, "
+            "{rope_type: yarn, factor: 4.0} for instance."
+        )
+    text = config.get_text_config()
+    own = getattr(text, "rope_parameters", None) or {}
+    if own.get("rope_type") != "default":
+        raise ModelError(f"{source}: its rope_parameters are {own}, which rope_scaling cannot scale further. Leave it out.")
+    positions = text.max_position_embeddings
+    # transformers 5.23 warns of this key where the type is linear, which does not use it.
+    original = {} if scaling["rope_type"] == "linear" else {"original_max_position_embeddings": positions}
+    text.rope_parameters = own | original | scaling
+    text.max_position_embeddings = int(positions * factor)
 
 
 def _load_plain_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -13,28 +13,29 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import yaml
 
-from manyicl.attention import use_shared_prefix_attention
+from manyicl.accelerators import choose_kernels
 from manyicl.checkpoints import list_checkpoints
 from manyicl.config import EpisodesConfig, Recipe
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.episodes import order_examples
-from manyicl.errors import RecipeError, UserInputError
+from manyicl.errors import RecipeError, TaskError, UserInputError
 from manyicl.evaluation import Plan, evaluate_task
 from manyicl.files import write_json_atomic, write_text_atomic
 from manyicl.forgetting import corpus_loss, read_corpus
 from manyicl.methods import Answer, InContext
-from manyicl.modeling import LoadedModel, add_lora, load_model, load_tokenizer, save_model
+from manyicl.modeling import Dtype, Format, LoadedModel, add_lora, load_model, load_tokenizer, save_model
 from manyicl.packing import Row, RowDataset, build_row
 from manyicl.records import EvaluationRecord, RecordWriter, Shots
-from manyicl.tasks.readers import load_suite, read_examples, read_queries, task_of_examples
+from manyicl.tasks.readers import load_suite, load_task, read_examples, read_queries, task_of_examples
 from manyicl.tasks.task import Example, Role, Task, TaskSuite
-from manyicl.training import TrainingResult, train_model, training_arguments
+from manyicl.training import TrainingResult, prepare_for_training, train_model, training_arguments
+from manyicl.training_plan import check_training_memory
 
 logger = logging.getLogger(__name__)
 
@@ -63,28 +64,39 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     if (output / "summary.json").is_file():
         logger.info("%s is finished; nothing to do", output)
         return _read_result(output)
-    loaded = load_model(recipe.model, dtype="float32" if training.tune == "full" else training.dtype)
+    dtype: Dtype = "float32" if training.tune == "full" else training.dtype
+    loaded = load_model(recipe.model, dtype=dtype, rope_scaling=recipe.rope_scaling)
     facts["model"] = {"name": recipe.model, "note": loaded.note, "fingerprint": loaded.fingerprint}
     _check_positions(recipe, loaded)
     encoder = Encoder(loaded.tokenizer, format=recipe.episodes.format)
     num_rows = training.num_steps * training.rows_per_step
     dataset = RowDataset(tasks, config=recipe.episodes, encoder=encoder, seed=recipe.seed, num_rows=num_rows)
-    _check_rows(dataset)
+    check_training_memory(
+        recipe,
+        loaded.model.config,
+        row_tokens=_check_rows(dataset),
+        device=arguments.device,
+        num_processes=arguments.world_size,
+    )
     validation = _validation_rows(recipe, suite, encoder)
-    use_shared_prefix_attention(loaded.model)  # Its kernel for causal rows is several times faster than torch's on CPUs.
     model = loaded.model if training.tune == "full" else add_lora(loaded.model, training.lora, seed=recipe.seed)
+    prepare_for_training(model, choose_kernels(training))
     if is_main:
         _write_start(output, recipe, facts)
     result = train_model(model, dataset, arguments=arguments, objective=recipe.objective, validation=validation, resume=resume)
     if is_main:
-        save_model(model, loaded.tokenizer, output, base=recipe.model, note=loaded.note)
+        save_model(model, loaded.tokenizer, output, base=recipe.model, note=loaded.note, format=recipe.episodes.format)
         rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
         write_json_atomic(output / "summary.json", asdict(result) | rates | {"note": loaded.note})
     return result
 
 
-def _check_rows(dataset: RowDataset) -> None:
-    """Build the first rows, so that a budget that does not fit shows before the first update; says how many shots are missing."""
+def _check_rows(dataset: RowDataset) -> int:
+    """Build the first rows, so that a budget that does not fit shows before the first update; says how many shots are missing.
+
+    Returns:
+        Tokens of the longest of them.
+    """
     wanted = dataset.config.num_shots
     rows = [dataset[index] for index in range(min(len(dataset), _NUM_CHECKED_ROWS))]
     episodes = [sequence.episode for row in rows for sequence in row.sequences]
@@ -100,6 +112,7 @@ def _check_rows(dataset: RowDataset) -> None:
             min(short, key=lambda episode: len(episode.examples)).task,
             dataset.config.max_tokens,
         )
+    return max(row.num_tokens for row in rows)
 
 
 def library_versions() -> dict[str, str]:
@@ -147,7 +160,7 @@ def _check_positions(recipe: Recipe, loaded: LoadedModel) -> None:
     if recipe.episodes.max_tokens > loaded.context_tokens:
         raise RecipeError(
             f"episodes.max_tokens = {recipe.episodes.max_tokens} is "
-            f"more than the {loaded.context_tokens} positions of {recipe.model}. Lower it."
+            f"more than the {loaded.context_tokens} positions of {recipe.model}. Lower it, or scale the positions (rope_scaling)."
         )
 
 
@@ -172,7 +185,7 @@ def _check_folder(output: Path, recipe: Recipe, facts: dict[str, Any], *, resume
             raise RecipeError(f"{output}: holds checkpoints without a recipe.yaml. Choose another output folder.")
         return
     if not resume:
-        raise RecipeError(f"{output}: holds a run already. Add --resume to go on with it, or choose another output.")
+        raise RecipeError(f"{output}: holds a run already. Go on with it (--resume, or resume=True), or choose another output.")
     before = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
     now = recipe.model_dump(mode="json")
     differing = _differences(before, now)
@@ -235,17 +248,17 @@ def _read_result(output: Path) -> TrainingResult:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What `manyicl evaluate` was asked for; see its options."""
+    """What `manyicl evaluate` was asked for; see its options. A role of None means held-out tasks, or those of `only` alone."""
 
     models: tuple[str, ...]
     tasks: str = "builtin"
-    role: str = "held_out"
+    role: str | None = None
     only: tuple[str, ...] = ()
     shots: tuple[Shots, ...] = (0, 1, 4, 16, 64, "max")
     num_seeds: int = 3
     num_queries: int = 100
     context_tokens: int | None = None
-    format: str = "plain"
+    format: str | None = None
 
 
 def evaluate_models(request: EvaluationRequest, output: Path) -> list[EvaluationRecord]:
@@ -256,13 +269,12 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
     """
     suite = load_suite(request.tasks)
     tasks = _chosen_tasks(suite, request)
-    chosen_format = _format(request.format)
+    _check_format(request.format)
     writer: RecordWriter | None = None
     records: list[EvaluationRecord] = []
     for name in dict.fromkeys(request.models):
         loaded = load_model(name)
-        encoder = Encoder(loaded.tokenizer, format=chosen_format)
-        method = InContext(NativeEngine(loaded, encoder, context_tokens=request.context_tokens))
+        method = InContext(_open_engine(loaded, request.format, request.context_tokens))
         writer = writer or RecordWriter(output)  # Only now, so that a wrong model leaves no file behind.
         plan = Plan(
             shots=request.shots,
@@ -278,29 +290,61 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
 
 
 def predict(
-    model: str | Path | LoadedModel, demonstrations: Sequence[Example], queries: Sequence[str], *, seed: int = 0
+    model: str | Path | LoadedModel,
+    demonstrations: Task | Sequence[Example],
+    queries: Sequence[str | Example],
+    *,
+    seed: int = 0,
+    context_tokens: int | None = None,
+    format: str | None = None,
 ) -> tuple[list[Answer], int]:
     """Answers to queries from labelled examples, and how many of the examples fitted the context.
 
-    Answers that recur among the examples are taken as a label set and scored exactly; otherwise free text is generated. The
-    examples' own options are not looked at, since queries have none.
+    Args:
+        demonstrations: A task, whose train examples, labels and instruction are used; or examples, whose recurring answers are
+            taken as a label set and whose own options are not looked at. Without labels or options text is generated.
+        queries: Inputs; as examples where each has options of its own.
+        context_tokens: Tokens that demonstrations, query and answer may have together; None takes the model's positions.
+        format: plain or chat; None takes the format that the model was tuned in.
 
     Raises:
         UserInputError: the examples, a query or the model are wrong.
     """
-    task = task_of_examples([replace(example, options=()) for example in demonstrations], name="task")
+    _check_format(format)
+    if isinstance(demonstrations, Task):
+        task = demonstrations
+    else:
+        task = task_of_examples([replace(example, options=()) for example in demonstrations], name="task")
     if not queries:
         return [], 0
+    asked = tuple(Example(query, "") if isinstance(query, str) else query for query in queries)
+    for number, query in enumerate(asked):
+        if task.is_choice and not task.choices(query):
+            raise TaskError(
+                f"query {number} ({query.source or query.input[:40]!r}) has no options, as the examples of task {task.name!r} "
+                "have. Give it its choices."
+            )
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    method = InContext(NativeEngine(loaded, Encoder(loaded.tokenizer)))
-    asked = tuple(Example(text, "") for text in queries)
+    method = InContext(_open_engine(loaded, format, context_tokens))
     order = order_examples(task.train, seed=seed, purpose="demonstrations", index=0)
     opened = method.open(task, order, asked)
     return opened.answer(asked, opened.num_demonstrations), opened.num_demonstrations
 
 
-def predict_file(model: str, demonstrations: Path, queries: Path, output: Path, *, seed: int = 0) -> tuple[int, int, int]:
-    """Answer the queries of a file from labelled examples in another; writes one JSON line per query.
+def predict_file(
+    model: str,
+    demonstrations: Path,
+    queries: Path,
+    output: Path,
+    *,
+    seed: int = 0,
+    context_tokens: int | None = None,
+    format: str | None = None,
+) -> tuple[int, int, int]:
+    """Answer the queries of a file from labelled examples; writes one JSON line per query.
+
+    Args:
+        demonstrations: A task's folder, whose task.yaml says what the fields of both mean; or a file of examples.
 
     Returns:
         Demonstrations used, demonstrations given, answers written.
@@ -308,16 +352,22 @@ def predict_file(model: str, demonstrations: Path, queries: Path, output: Path, 
     Raises:
         UserInputError: a file or the model is wrong; nothing is written.
     """
-    examples, asked = read_examples(demonstrations), read_queries(queries)
-    answers, num_used = predict(model, examples, asked, seed=seed)
+    examples: Task | tuple[Example, ...]
+    if demonstrations.is_dir():
+        examples = load_task(demonstrations)
+        asked, num_given = read_queries(queries, folder=demonstrations), len(examples.train)
+    else:
+        examples, asked = read_examples(demonstrations), read_queries(queries)
+        num_given = len(examples)
+    answers, num_used = predict(model, examples, asked, seed=seed, context_tokens=context_tokens, format=format)
     lines = []
-    for text, answer in zip(asked, answers, strict=True):
-        row: dict[str, object] = {"input": text, "answer": answer.text}
+    for query, answer in zip(asked, answers, strict=True):
+        row: dict[str, object] = {"input": query.input, "answer": answer.text}
         if answer.choice >= 0:
             row["log_probability"] = answer.log_probability
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text_atomic(output, "".join(lines))
-    return num_used, len(examples), len(lines)
+    return num_used, num_given, len(lines)
 
 
 def measure_corpora(
@@ -350,24 +400,35 @@ def open_row(recipe: Recipe, index: int) -> tuple[Row, Any]:
 
 
 def _chosen_tasks(suite: TaskSuite, request: EvaluationRequest) -> tuple[Task, ...]:
-    """The tasks of a role, or those named."""
+    """The tasks of a role, those named, or those named within a role."""
+    roles = (*get_args(Role), "all", None)
+    if request.role not in roles:
+        raise UserInputError(f"--role {request.role!r} is none of {', '.join(get_args(Role))} and all.")
     for name in request.only:
         if name not in suite.tasks:
             raise UserInputError(f"suite {suite.name!r} has no task {name!r} ({', '.join(suite.tasks)}).")
+        if request.role not in (None, "all", suite.role(name)):
+            raise UserInputError(
+                f"task {name!r} of suite {suite.name!r} has the role {suite.role(name)}, not {request.role}. "
+                "Leave one of the two out."
+            )
     if request.only:
         return tuple(suite.tasks[name] for name in request.only)
     if request.role == "all":
         return tuple(suite.tasks.values())
-    role = next((role for role in get_args(Role) if role == request.role), None)
-    if role is None:
-        raise UserInputError(f"--role {request.role!r} is none of {', '.join(get_args(Role))} and all.")
-    tasks = suite.select(role)
+    role = request.role or "held_out"
+    tasks = tuple(task for name, task in suite.tasks.items() if suite.role(name) == role)
     if not tasks:
-        raise UserInputError(f"suite {suite.name!r} has no {request.role} task. Name tasks, or choose --role all.")
+        raise UserInputError(f"suite {suite.name!r} has no {role} task. Name tasks, or choose --role all.")
     return tasks
 
 
-def _format(name: str) -> Literal["plain", "chat"]:
-    if name not in ("plain", "chat"):
+def _check_format(name: str | None) -> None:
+    if name not in (None, "plain", "chat"):
         raise UserInputError(f"--format {name!r} is neither plain nor chat.")
-    return "chat" if name == "chat" else "plain"
+
+
+def _open_engine(loaded: LoadedModel, format: str | None, context_tokens: int | None) -> NativeEngine:
+    """The engine of a model, in the format that it was tuned in unless another is given."""
+    chosen: Format = loaded.format if format is None else "chat" if format == "chat" else "plain"
+    return NativeEngine(loaded, Encoder(loaded.tokenizer, format=chosen), context_tokens=context_tokens)

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from manyicl.attention import LayerStates, use_shared_prefix_attention
+from manyicl.attention import use_shared_prefix_attention
 from manyicl.branching import (
     Branch,
+    PastStates,
     check_positions,
     flatten_branches,
     log_probabilities,
@@ -108,9 +109,9 @@ def _generate_batch(
     model: PreTrainedModel, prefix: Prefix, queries: Sequence[TokenIds], terminator_id: int, max_new_tokens: int
 ) -> list[TokenIds]:
     """Greedy answers of one batch; a branch that has reached its terminator leaves the batch."""
-    past: dict[int, LayerStates] = {}
-    branches = [query_branch(query) for query in queries]
     lengths = np.array([len(query) for query in queries])
+    past = PastStates(int(lengths.max()) + max_new_tokens)
+    branches = [query_branch(query) for query in queries]
     seen = np.arange(lengths.max()) < lengths[:, None]
     answers: list[list[int]] = [[] for _ in queries]
     active = np.arange(len(queries))
@@ -124,10 +125,8 @@ def _generate_batch(
         if not len(going) or step + 1 == max_new_tokens:
             break
         if len(going) < len(active):
-            kept = torch.from_numpy(going).to(model.device)
-            for layer, (key, value) in past.items():
-                past[layer] = (key.index_select(0, kept), value.index_select(0, kept))
-            active, tokens, seen = active[going], tokens[going], seen[going]
+            kept = past.keep(going.tolist())
+            active, tokens, seen = active[kept], tokens[kept], seen[kept]
         seen = np.concatenate([seen, np.ones((len(active), 1), dtype=bool)], axis=1)
         branches = [
             Branch(tokens[line : line + 1], lengths[index : index + 1] + step, seen[line : line + 1])

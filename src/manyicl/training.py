@@ -25,6 +25,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from manyicl.accelerators import OWN_KERNELS, Kernels, choose_kernels, use_attention
+from manyicl.activations import keep_fewer_activations
 from manyicl.checkpoints import drop_old_checkpoints, newest_whole_checkpoint, seal_checkpoint
 from manyicl.config import ObjectiveConfig, TrainingConfig
 from manyicl.errors import CheckpointError, ManyICLError, RecipeError
@@ -58,6 +60,8 @@ _RECIPE_KEYS = {
     "eval_strategy": "training.validate_checkpoints",
     "load_best_model_at_end": "training.validate_checkpoints",
     "report_to": "training.report_to",
+    "use_liger_kernel": "training.kernels",
+    "liger_kernel_config": "training.kernels",
 }
 # Options that would let --resume go on with other weights than an uninterrupted run has.
 _BREAK_RESUMING = ("save_only_model", "ignore_data_skip")
@@ -334,6 +338,17 @@ def train_model(
     )
 
 
+def prepare_for_training(model: Any, kernels: Kernels = OWN_KERNELS) -> None:
+    """Give a model, LoRA-wrapped or whole, the attention and the leaner layers that training is fastest with; in place.
+
+    Results are the same but for rounding. Whole weights get the attention alone.
+    """
+    if kernels.attention is None:
+        return
+    use_attention(model, kernels)
+    keep_fewer_activations(model)
+
+
 def leave_processes() -> None:
     """End the process group that training has joined, if any; a process that exits without may abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -407,7 +422,7 @@ def _argument_values(training: TrainingConfig, folder: Path, seed: int, *, valid
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-    }
+    } | choose_kernels(training).trainer_options()
 
 
 def _passes_per_step(training: TrainingConfig) -> int:

@@ -145,6 +145,20 @@ def test_a_prefix_computed_in_chunks_is_one_computed_at_once(tiny_model, encoder
         assert (value - chunked_value).abs().max() < 1e-5
 
 
+def test_scores_do_not_drift_over_ten_thousand_queries(tiny_model, encoder):
+    model = tiny_model("llama")
+    prefix = prefill(model, encoder, demonstrations(4))
+    labels, before = encoder.encode_labels(LABELS[:3]), hash_states(prefix)
+    asked = [encoder.encode_query(text) for text in INPUTS]
+    first = score_labels(model, prefix, asked, [labels] * len(asked))
+    others = [encoder.encode_query(f"{number}") for number in range(1_000)]
+    for _ in range(10):
+        score_labels(model, prefix, others, [labels] * len(others))
+    again = score_labels(model, prefix, asked, [labels] * len(asked))
+    assert all(np.array_equal(*pair) for pair in zip(first, again, strict=True))
+    assert hash_states(prefix) == before
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_queries_and_extensions_leave_every_byte_of_a_prefix_alone(tiny_model, encoder, architecture):
     model = tiny_model(architecture)

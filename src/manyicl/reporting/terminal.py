@@ -73,6 +73,8 @@ def caption(records: Sequence[EvaluationRecord]) -> str:
     queries = sorted({record.num_queries for record in records})
     notes = sorted({f"{record.model}: {record.model_note}" for record in records if record.model_note})
     span = f"{queries[0]}" if queries[0] == queries[-1] else f"{queries[0]} to {queries[-1]}"
-    what = f"mean over {seeds} order(s) of demonstrations ± half of the 95% t interval"
+    what = (
+        f"mean over {seeds} orders of demonstrations ± half of the 95% t interval" if seeds > 1 else "one order of demonstrations"
+    )
     text = f"Columns are shots; 0-100; {what}; {span} queries a task."
     return text + ("" if not notes else " " + "; ".join(notes) + ".")

@@ -3,6 +3,7 @@
 Errors void a result; warnings deserve a look. Costs one pass over all texts, and memory for every run of eight words.
 """
 
+import itertools
 import math
 import re
 import unicodedata
@@ -24,6 +25,7 @@ _MIN_SHARED_EXAMPLES = 3
 _LABEL_IN_INPUT_SHARE = 0.2
 _LABEL_IN_INPUT_DEVIATIONS = 3.0
 _ODD_ANSWERS_SHARE = 0.05
+_COPIED_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def check_folder(path: Path | str, *, against: Path | str | None = None) -> list
 def check_task(task: Task) -> list[Finding]:
     """What is wrong with one task."""
     return [
+        *_check_labels(task),
         *_check_answers(task),
         *_check_duplicates(task),
         *_check_overlap(task),
@@ -85,12 +88,29 @@ def check_suite(suite: TaskSuite, *, against: TaskSuite | None = None) -> list[F
     """
     findings = [finding for task in suite.tasks.values() for finding in check_task(task)]
     roles = [_Member(suite.role(name), suite.role(name), task) for name, task in suite.tasks.items()]
+    findings += _find_copies(roles)
     findings += _find_shared_texts(roles, "shared between roles")
     if against is not None:
         sides = (("first", suite), ("second", against))
         members = [_Member(side, f"suite {own.name}", task) for side, own in sides for name, task in own.tasks.items()]
+        findings += _find_copies(members)
         findings += _find_shared_texts(members, "shared between suites")
     return findings
+
+
+def _find_copies(members: Sequence[_Member]) -> Iterator[Finding]:
+    """Pairs of tasks on different sides where one holds at least half of the other's inputs, however short these are."""
+    inputs = [{_normalise(example.input) for example in member.task.train + member.task.test} for member in members]
+    for left, right in itertools.combinations(range(len(members)), 2):
+        shared = len(inputs[left] & inputs[right])
+        smaller = min(len(inputs[left]), len(inputs[right]))
+        if members[left].side == members[right].side or shared < max(2, _COPIED_SHARE * smaller):
+            continue
+        sides = f"{members[left].where} and {members[right].where}"
+        message = (
+            f"{shared} of {smaller} inputs stand in {members[right].task.name} too ({sides}); a result on either says nothing"
+        )
+        yield Finding("error", "copied task", members[left].task.name, message, members[left].task.train[0].source)
 
 
 def _check_answers(task: Task) -> Iterator[Finding]:
@@ -117,6 +137,13 @@ def _check_answers(task: Task) -> Iterator[Finding]:
 
 def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"[-+]?[\d.,]*\d[\d.,]*%?", text.strip()))
+
+
+def _check_labels(task: Task) -> Iterator[Finding]:
+    """Label tasks without a label set: their answers would be generated as free text."""
+    if task.family == "classification" and not task.is_choice:
+        message = "no labels are listed, so that answers are generated as free text. List `labels` in task.yaml"
+        yield Finding("warning", "no labels", task.name, message, task.train[0].source if task.train else "")
 
 
 def _check_duplicates(task: Task) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from manyicl.config import YAML_ERRORS, explain_validation
 from manyicl.errors import TaskError
@@ -46,6 +46,11 @@ class HubSource(BaseModel):
     revision: str | None = Field(None, description="Commit or tag; fixes what is read.")
     train_split: str = Field("train", description="Split that demonstrations and training come from.")
     test_split: str = Field("test", description="Split that queries come from.")
+    skip: dict[str, list[str]] = Field(
+        default_factory=dict, description="Fields, and the values whose rows are left out; an empty text means no value."
+    )
+    shuffle_seed: int | None = Field(None, ge=0, description="Seed that rows are shuffled with; None keeps their order.")
+    max_rows: int | None = Field(None, ge=1, description="Rows of each split that are read, at most, after shuffling.")
 
 
 class TaskFile(BaseModel):
@@ -60,7 +65,12 @@ class TaskFile(BaseModel):
     input: str = Field(description="Template of the input, with {field} places.")
     answer: str = Field(description="Field that holds the answer.")
     labels: list[str] | dict[str, str] | None = Field(None, description="Label words, or raw values and their label words.")
-    options: str | None = Field(None, description="Field that holds this example's choices, as a list.")
+    options: str | list[str] | None = Field(
+        None, description="Field that holds this example's choices, as a list, or the fields that hold one each."
+    )
+    option_keys: str | list[str] | None = Field(
+        None, description="What the answer field holds for each choice: a field with a list, or the keys themselves."
+    )
     accepted: str | None = Field(None, description="Field that holds all accepted answers, as a list.")
     group: str | None = Field(None, description="Field that train and test must not share, such as a passage.")
     max_answer_tokens: int | None = Field(None, ge=1, description="Tokens in a generated answer, at most.")
@@ -72,6 +82,13 @@ class TaskFile(BaseModel):
         if not any(name is not None for _, name in split_template(template)):
             raise ValueError("names no field, so that every input would be the same. Write fields in braces: {input}.")
         return template
+
+    @field_validator("option_keys", mode="before")
+    @classmethod
+    def _read_option_keys(cls, keys: Any, info: ValidationInfo) -> Any:
+        if keys and not info.data.get("options"):
+            raise ValueError("stands for choices, and there are none. Name their field in `options`.")
+        return [scalar_text(key) for key in keys] if isinstance(keys, list) else keys
 
     @field_validator("labels", mode="before")
     @classmethod

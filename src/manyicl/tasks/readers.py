@@ -12,6 +12,7 @@ wants them all hands in a list of problems (see `tables`), and gets the task wit
 import difflib
 import json
 import logging
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,9 +39,11 @@ from manyicl.tasks.tables import (
     RowError,
     TableRow,
     field_text,
+    field_text_or_empty,
     field_texts,
     find_mixed_types,
     find_table,
+    has_column,
     raise_or_add,
     read_table,
     read_utf8,
@@ -158,21 +161,44 @@ def make_example(row: TableRow, description: TaskFile) -> Example:
     elif description.labels and answer not in description.labels:
         problem = f"label {answer!r} is not among the {len(description.labels)} labels ({_few(description.labels)})."
         raise RowError(row.source, "unknown label", f"{problem} Correct it or list it.")
-    options = field_texts(row, description.options) if description.options else ()
+    options = _option_texts(row, description)
+    if description.option_keys:
+        answer = _keyed_option(answer, options, row, description.option_keys)
     if description.options and answer not in options:
         problem = f"answer {answer!r} is not among its options {list(options)}. Correct the row."
         raise RowError(row.source, "unknown label", problem)
-    accepted = field_texts(row, description.accepted) if description.accepted and description.accepted in row.fields else ()
+    accepted = field_texts(row, description.accepted) if description.accepted and has_column(row, description.accepted) else ()
     names = [name for _, name in split_template(description.input)]
     group = description.group or next((name for name in GROUP_FIELDS if name in names), None)
     return Example(
         input=fill_template(description.input, row),
         answer=answer,
         accepted=tuple(text for text in accepted if text != answer),
-        options=options,
+        options=_shown_options(options, description),
         group=field_text(row, group) if group else "",
         source=row.source,
     )
+
+
+def _option_texts(row: TableRow, description: TaskFile) -> tuple[str, ...]:
+    """The choices of a row, from one field with a list or from several fields."""
+    names = [description.options] if isinstance(description.options, str) else description.options or []
+    return tuple(text for name in names for text in field_texts(row, name))
+
+
+def _shown_options(options: Sequence[str], description: TaskFile) -> tuple[str, ...]:
+    """Options as the model chooses among them; with keys, options of one text are one choice, whichever key is right."""
+    return tuple(dict.fromkeys(options)) if description.option_keys else tuple(options)
+
+
+def _keyed_option(answer: str, options: Sequence[str], row: TableRow, option_keys: str | list[str]) -> str:
+    """The choice whose key the answer field holds."""
+    keys = field_texts(row, option_keys) if isinstance(option_keys, str) else option_keys
+    by_key = dict(zip(keys, options, strict=False))  # A row may have fewer choices than there are keys.
+    if not by_key.get(answer):
+        problem = f"answer {answer!r} is the key of none of its {len(options)} options (keys: {_few(list(by_key))})."
+        raise RowError(row.source, "unknown label", f"{problem} Correct the row.")
+    return by_key[answer]
 
 
 def _few(names: Sequence[str] | Mapping[str, str]) -> str:
@@ -195,10 +221,22 @@ def _read_hub(hub: HubSource, folder: Path) -> dict[str, list[TableRow]]:
     for split, source in (("train", hub.train_split), ("test", hub.test_split)):
         try:
             data = datasets.load_dataset(hub.path, hub.name, revision=hub.revision, split=source)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a loading script.
             raise TaskError(f"{folder / 'task.yaml'}: {hub.path} split {source!r} cannot be loaded: {error}") from error
-        tables[split] = [TableRow(dict(row), f"{hub.path}/{source}:{number}") for number, row in enumerate(data, 1)]
+        order = list(range(len(data)))
+        if hub.shuffle_seed is not None:
+            random.Random(f"{hub.shuffle_seed}/hub/{source}").shuffle(order)
+        order = order[: hub.max_rows]
+        rows = zip(order, data.select(order), strict=True)
+        read = [TableRow(dict(row), f"{hub.path}/{source}:{number + 1}") for number, row in rows]
+        tables[split] = [row for row in read if not _is_skipped(row, hub.skip)]
+        if len(tables[split]) < len(read):
+            logger.info("%s/%s: %d of %d rows left out by hub.skip", hub.path, source, len(read) - len(tables[split]), len(read))
     return tables
+
+
+def _is_skipped(row: TableRow, skip: Mapping[str, Sequence[str]]) -> bool:
+    return any(field_text_or_empty(row, name) in values for name, values in skip.items())
 
 
 def _finish_task(
@@ -339,19 +377,31 @@ def _chat_examples(row: TableRow) -> list[Example]:
     return examples
 
 
-def read_queries(path: Path | str) -> list[str]:
+def read_queries(path: Path | str, *, folder: Path | None = None) -> list[Example]:
     """The inputs of a file whose answers are wanted; answer columns, if any, are not read. Of a chat, the last messages.
 
+    Args:
+        folder: A task's folder, whose task.yaml, if it has one, says how an input is made and where its options stand.
+
     Raises:
-        TaskError: a row has no known input field.
+        TaskError: a row lacks a field of the task's template, or has no known input field.
     """
     rows = read_table(Path(path))
-    if "messages" in rows[0].fields:
-        return [_chat_query(row) for row in rows]
-    template = input_template(rows[0].fields)
+    given = read_task_file(folder / "task.yaml") if folder is not None and (folder / "task.yaml").is_file() else None
+    if given is None and "messages" in rows[0].fields:
+        return [Example(_chat_query(row), "", source=row.source) for row in rows]
+    template = given.input if given else input_template(rows[0].fields)
     if template is None:
         raise TaskError(f"{rows[0].source}: no input field among {', '.join(rows[0].fields)}. Name the column `input`.")
-    return [fill_template(template, row) for row in rows]
+    return [
+        Example(
+            fill_template(template, row),
+            "",
+            options=_shown_options(_option_texts(row, given), given) if given else (),
+            source=row.source,
+        )
+        for row in rows
+    ]
 
 
 def _chat_query(row: TableRow) -> str:

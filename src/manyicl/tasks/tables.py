@@ -213,10 +213,39 @@ def scalar_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
+def _find_field(fields: Mapping[str, Any], name: str) -> Any:
+    """The value at a name or a dotted path (`answers.text.0`); None where there is none.
+
+    A number takes one item of a list, a name the field of that name in each of its items.
+    """
+    if name in fields:
+        return fields[name]
+    value: Any = fields
+    for part in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, (list, tuple)) and part.isdecimal():
+            value = value[int(part)] if int(part) < len(value) else None
+        elif isinstance(value, (list, tuple)):
+            value = [item.get(part) if isinstance(item, Mapping) else None for item in value]
+        else:
+            return None
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or bool(value != value)  # Tables written by pandas hold nan where a value is missing.
+
+
+def has_column(row: TableRow, name: str) -> bool:
+    """Whether a row has the column of a field, or of the first part of a dotted path."""
+    return name in row.fields or name.partition(".")[0] in row.fields
+
+
 def _field(row: TableRow, name: str) -> Any:
-    value = row.fields.get(name)
-    if value is None or value != value:  # Tables written by pandas hold nan where a value is missing.
-        what = "has no value" if name in row.fields else "is missing"
+    value = _find_field(row.fields, name)
+    if _is_missing(value):
+        what = "has no value" if has_column(row, name) else "is missing"
         problem = f"field {name!r} {what} (there: {', '.join(row.fields)}). Correct the row or the task.yaml."
         raise RowError(row.source, "missing field", problem)
     return value
@@ -225,6 +254,16 @@ def _field(row: TableRow, name: str) -> Any:
 def field_text(row: TableRow, name: str) -> str:
     """A field as text: lists joined by "; ", numbers and truth values as JSON writes them, ends stripped."""
     return _as_text(row, name, _field(row, name))
+
+
+def field_text_or_empty(row: TableRow, name: str) -> str:
+    """A field as text, empty where its column holds no value.
+
+    Raises:
+        RowError: there is no such column, or it holds no text.
+    """
+    missing = has_column(row, name) and _is_missing(_find_field(row.fields, name))
+    return "" if missing else field_text(row, name)
 
 
 def field_texts(row: TableRow, name: str) -> tuple[str, ...]:

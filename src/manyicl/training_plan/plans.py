@@ -1,0 +1,303 @@
+"""Operations, time and cost of a run on a device, and the plan as people read it.
+
+Operations of an update are floating-point multiplications and additions, each counted:
+
+    linear       4W a token (6W where all weights are trained), and 4 or 6 · C · V a target
+    adapters     6 a weight and token
+    attention    6 · T² · H · D a row and layer, the causal half alone
+
+What is computed again (layers under gradient checkpointing, chunks of logits) is counted in the time and not among the
+operations that are needed. Time is operations over the device's matrix rate, times the share of it that is reached. For GPUs
+rates and sizes are published ones and the share is an assumption. A processor's rate is measured when the plan is made, in half
+a second, at the model's own linear layers; the shares were measured once (benchmarks/planning.py) and hold for processors with
+bf16 instructions. Transfers between devices, reading and tokenising count as nothing.
+
+Letters: W weights of the linear layers, C hidden size, V vocabulary, T tokens of a row, H heads, D head size.
+"""
+
+import difflib
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from manyicl import planning
+from manyicl.config import Recipe
+from manyicl.errors import UserInputError
+from manyicl.modeling import load_config, resolve_dtype
+from manyicl.objective import CHUNK_POSITIONS
+from manyicl.planning import show_bytes
+from manyicl.training_plan.jobs import ONE_DEVICE, PUBLISHED, TARGET_SHARE, Decoder, Layout, TrainingJob, read_decoder
+from manyicl.training_plan.memory import MemoryParts, forecast_memory, peak_bytes, suggest_changes
+
+_MEASURED_SECONDS = 0.5
+_MEASURED_TOKENS = 2048
+_MEASURED_PRODUCTS = 8e9  # Multiplications of a pass, at most: shapes of 70B models are measured with fewer tokens.
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Shares of a device's matrix rate that training reaches, by kind of work.
+
+    Attributes:
+        linear: Products with the model's own matrices; the element-wise work between them is counted with it.
+        adapters: Products with low-rank matrices, which are thin.
+        attention: The causal half of the attention.
+        masked: The whole square of the attention, under a mask.
+    """
+
+    linear: float
+    adapters: float
+    attention: float
+    masked: float
+
+
+GPU_SHARES = Shares(linear=0.4, adapters=0.4, attention=0.4, masked=0.4)
+CPU_SHARES = Shares(linear=0.6, adapters=0.2, attention=0.5, masked=0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a plan knows of a device.
+
+    Attributes:
+        matrix_rate: Operations per second of dense bf16 matrix products.
+        memory_bytes: None where it is not known.
+        price_per_hour: US dollars, an assumption.
+    """
+
+    name: str
+    matrix_rate: float
+    memory_bytes: int | None
+    price_per_hour: float
+    shares: Shares = GPU_SHARES
+
+
+# Rates (without sparsity) and sizes as NVIDIA publishes them, of SXM boards and the L4. Prices are assumptions.
+GPUS = {
+    "H100": Device("H100", 989e12, 80_000_000_000, 3.00),
+    "H200": Device("H200", 989e12, 141_000_000_000, 4.00),
+    "A100": Device("A100", 312e12, 80_000_000_000, 1.80),
+    "L4": Device("L4", 121e12, 24_000_000_000, 0.80),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """A forecast of a run.
+
+    Attributes:
+        moments: Memory of one device at each moment, see `forecast_memory`.
+        operations: Operations that an update needs, on all devices together.
+        tokens_per_second: Of all devices together; rows are taken as full.
+        cost: US dollars of all devices for the whole run.
+    """
+
+    job: TrainingJob
+    device: Device
+    moments: dict[str, MemoryParts]
+    operations: int
+    seconds_per_update: float
+    tokens_per_second: float
+    hours: float
+    cost: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of one device at its highest moment."""
+        return max(parts.total for parts in self.moments.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the highest moment fits the device; true where its memory is not known."""
+        return self.device.memory_bytes is None or self.peak_bytes <= self.device.memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What `manyicl plan` was asked for; see its options. None takes what the tables assume, and the recipe's own model."""
+
+    device: str = "cpu"
+    layout: Layout = ONE_DEVICE
+    price_per_hour: float | None = None
+    efficiency: float | None = None
+    target_share: float = TARGET_SHARE
+    shape: str | None = None
+
+
+def plan_recipe(recipe: Recipe, request: PlanRequest) -> TrainingPlan:
+    """The forecast of a recipe; reads the model's config, or takes a published shape in its place, and no weights.
+
+    Raises:
+        UserInputError: the device, the shape, the model or the layout is wrong.
+    """
+    devices: dict[str, Device | None] = {**GPUS, "cpu": None}
+    device = _choose(request.device, devices, "device")
+    if request.shape is not None:
+        decoder = _choose(request.shape, PUBLISHED, "shape")
+    else:
+        decoder = read_decoder(recipe.model, load_config(recipe.model))
+    dtype = torch.float32 if recipe.training.dtype == "float32" else torch.bfloat16
+    dtype = resolve_dtype(recipe.training.dtype) if device is None else dtype
+    job = TrainingJob(recipe, decoder, dtype, request.layout, request.target_share, on_cpu=device is None)
+    chosen = _measure_processor(decoder, dtype) if device is None else device
+    if request.price_per_hour is not None:
+        chosen = replace(chosen, price_per_hour=request.price_per_hour)
+    if request.efficiency is not None:
+        chosen = replace(chosen, shares=Shares(*[request.efficiency] * 4))
+    return plan_training(job, chosen)
+
+
+def _choose(name: str, table: Mapping[str, Any], option: str) -> Any:
+    """An entry of a table by its name in any case, or an error that names the nearest."""
+    names = {each.lower(): each for each in table}
+    if name.lower() not in names:
+        nearest = names[difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]]
+        raise UserInputError(f"--{option} {name!r} is not known. The nearest is {nearest!r} (known: {', '.join(table)}).")
+    return table[names[name.lower()]]
+
+
+def _measure_processor(decoder: Decoder, dtype: torch.dtype) -> Device:
+    """This machine: the rate of its matrix products at the model's own linear layers, and the memory available now."""
+    weights = decoder.shape.weights_per_layer
+    tokens = max(16, min(_MEASURED_TOKENS, int(_MEASURED_PRODUCTS / weights)))
+    sizes = decoder.linear_sizes().values()
+    pairs = [(torch.randn(tokens, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)) for size_in, size_out in sizes]
+    seconds: list[float] = []
+    while sum(seconds) < _MEASURED_SECONDS or len(seconds) < 3:
+        start = time.perf_counter()
+        for rows, weight in pairs:
+            torch.nn.functional.linear(rows, weight)
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * tokens * weights / statistics.median(seconds)
+    return Device("cpu", rate, planning.available_bytes(torch.device("cpu")), 0.0, CPU_SHARES)
+
+
+def plan_training(job: TrainingJob, device: Device) -> TrainingPlan:
+    """The forecast of a job on devices of one kind.
+
+    Raises:
+        RecipeError: the devices or the rows cannot be shared out.
+    """
+    training = job.recipe.training
+    moments, seconds = forecast_memory(job), forecast_seconds(job, device)
+    hours = training.num_steps * seconds / 3600
+    return TrainingPlan(
+        job=job,
+        device=device,
+        moments=moments,
+        operations=needed_operations(job),
+        seconds_per_update=seconds,
+        tokens_per_second=training.rows_per_step * job.recipe.episodes.max_tokens / seconds,
+        hours=hours,
+        cost=hours * job.layout.num_devices * device.price_per_hour,
+    )
+
+
+def needed_operations(job: TrainingJob) -> int:
+    """Operations that an update needs on all devices together; nothing is computed again."""
+    return sum(_row_operations(job).values()) * job.recipe.training.rows_per_step
+
+
+def _row_operations(job: TrainingJob) -> dict[str, int]:
+    """Operations that forward and backward pass of one row need, by kind of work."""
+    shape, tokens = job.decoder.shape, job.recipe.episodes.max_tokens
+    head = job.row_targets * shape.hidden_size * shape.vocabulary_size
+    return {
+        "linear": (6 if job.is_full else 4) * (tokens * job.decoder.num_linear_weights + head),
+        "adapters": 6 * tokens * job.num_adapter_weights,
+        "attention": 6 * tokens * tokens * shape.num_layers * shape.num_heads * shape.head_size,
+    }
+
+
+def _repeated_operations(job: TrainingJob) -> dict[str, int]:
+    """Operations of one row that are done again in the backward pass: layers under checkpointing, chunks of logits."""
+    shape, tokens = job.decoder.shape, job.recipe.episodes.max_tokens
+    again = 2 if job.recipe.training.gradient_checkpointing else 0
+    is_chunked = job.row_targets > CHUNK_POSITIONS and not job.decoder.keeps_logits
+    head = 2 * job.row_targets * shape.hidden_size * shape.vocabulary_size if is_chunked else 0
+    return {
+        "linear": again * tokens * job.decoder.num_linear_weights + head,
+        "adapters": again * tokens * job.num_adapter_weights,
+        "attention": again * tokens * tokens * shape.num_layers * shape.num_heads * shape.head_size,
+    }
+
+
+def forecast_seconds(job: TrainingJob, device: Device) -> float:
+    """Seconds of an update, on all devices together."""
+    needed, repeated, shares = _row_operations(job), _repeated_operations(job), device.shares
+    work = {name: needed[name] + repeated[name] for name in needed}
+    # Under a mask the unseen half of the scores is computed too.
+    attention = 2 * work["attention"] / shares.masked if job.has_mask else work["attention"] / shares.attention
+    equivalent = work["linear"] / shares.linear + work["adapters"] / shares.adapters + attention
+    return job.recipe.training.rows_per_step * equivalent / device.matrix_rate / job.layout.num_devices
+
+
+def show_plan(plan: TrainingPlan) -> str:
+    """A plan as lines of text: model, devices, rows, memory by part and moment, operations, speed, time and cost."""
+    job, device, training = plan.job, plan.device, plan.job.recipe.training
+    tuned = "all weights" if job.is_full else f"LoRA of rank {training.lora.rank}"
+    saving = ", gradient checkpointing" if training.gradient_checkpointing else ""
+    limit = "" if device.memory_bytes is None else f" of {show_bytes(device.memory_bytes)}"
+    lines = [
+        f"model       {job.decoder.name}: {job.decoder.num_parameters:,} parameters, {job.num_trained:,} trained ({tuned})",
+        f"devices     {_describe_layout(job.layout, device)}, {str(job.dtype).removeprefix('torch.')}{saving}",
+        f"rows        {job.recipe.episodes.max_tokens:,} tokens, {job.target_share:.0%} of them targets (--targets, assumed);",
+        f"            {training.rows_per_step} an update, {training.rows_per_device} a pass, {job.num_passes} pass(es) an update",
+        "",
+        f"{'memory of one device':20}" + "".join(f"{name:>10}" for name in plan.moments),
+        *(_memory_line(name, plan.moments) for name in (*(part.name for part in fields(MemoryParts)), "total")),
+        "",
+        f"peak        {show_bytes(plan.peak_bytes)}{limit}",
+        f"operations  {plan.operations:.3g} an update",
+        f"speed       {plan.tokens_per_second:,.0f} tokens/s, at {device.matrix_rate:.3g} operations/s a device, of which",
+        f"            {_describe_shares(device.shares)} are reached, an assumption (--efficiency)",
+        f"time        {plan.seconds_per_update:.3g} s an update, {plan.hours:.3g} hours for {training.num_steps} updates",
+        f"cost        ${plan.cost:,.2f}, at ${device.price_per_hour:,.2f} a device and hour, an assumption (--price)",
+    ]
+    return "\n".join(lines + _warnings(plan))
+
+
+def _describe_layout(layout: Layout, device: Device) -> str:
+    spread = "" if layout.num_devices == 1 else ", FSDP" if layout.is_sharded else ", data parallel"
+    shared = f", {layout.context_parallel} share a row" if layout.context_parallel > 1 else ""
+    return f"{layout.num_devices} x {device.name}{spread}{shared}"
+
+
+def _describe_shares(shares: Shares) -> str:
+    """Shares by kind of work, or one where all are the same."""
+    named = {each.name: getattr(shares, each.name) for each in fields(Shares)}
+    if len(set(named.values())) == 1:
+        return f"{shares.linear:.0%}"
+    return ", ".join(f"{value:.0%} ({name})" for name, value in named.items())
+
+
+def _memory_line(name: str, moments: Mapping[str, MemoryParts]) -> str:
+    return f"  {name:18}" + "".join(f"{show_bytes(getattr(parts, name)):>10}" for parts in moments.values())
+
+
+def _warnings(plan: TrainingPlan) -> list[str]:
+    """A line for each thing that would stop the run."""
+    job, lines = plan.job, []
+    tokens, positions = job.recipe.episodes.max_tokens, job.decoder.num_positions
+    if positions is not None and tokens > positions:
+        lines.append(f"warning: rows of {tokens:,} tokens are longer than the {positions:,} positions of {job.decoder.name}.")
+    if not plan.fits and plan.device.memory_bytes is not None:
+        changes = suggest_changes(job, plan.device.memory_bytes) | _suggest_layouts(job)
+        listed = "; ".join(f"{words} needs {show_bytes(peak_bytes(changed))}" for words, changed in changes.items())
+        lines.append(f"warning: does not fit. {listed or 'Take larger devices, or more of them'}.")
+    return lines
+
+
+def _suggest_layouts(job: TrainingJob) -> dict[str, TrainingJob]:
+    """Layouts of the same devices that need less memory of each, by the option that asks for them."""
+    layout, changes = job.layout, {}
+    if layout.num_devices > 1 and not layout.is_sharded:
+        changes["--fsdp"] = replace(job, layout=replace(layout, is_sharded=True))
+    doubled = 2 * layout.context_parallel
+    if layout.num_devices % doubled == 0:
+        changes[f"--context-parallel {doubled}"] = replace(job, layout=replace(layout, context_parallel=doubled))
+    return changes

@@ -1,0 +1,454 @@
+"""Plans of training by hand for a tiny config: memory by part, operations, layouts, what is said and what is refused."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from manyicl import planning, runs
+from manyicl.config import parse_recipe
+from manyicl.errors import BudgetError, ModelError, RecipeError, UserInputError
+from manyicl.modeling import add_lora, load_config
+from manyicl.training_plan import (
+    Layout,
+    MemoryParts,
+    PlanRequest,
+    TrainingJob,
+    check_training_memory,
+    forecast_memory,
+    memory,
+    peak_bytes,
+    plan_recipe,
+    plan_training,
+    plans,
+    read_decoder,
+    show_plan,
+)
+from manyicl.training_plan.jobs import ONE_DEVICE
+from model_fixtures import make_recipe, write_recipe
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 4096,
+}
+CONFIG = transformers.LlamaConfig(**SIZES)
+# q and o: 12·24, k and v: 12·12, gate, up and down: 12·20.
+LAYER_WEIGHTS = 2 * 12 * 24 + 2 * 12 * 12 + 3 * 12 * 20
+PARAMETERS = 3 * LAYER_WEIGHTS + 2 * 100 * 12 + 7 * 12
+# Inputs and outputs of the seven linear layers of one decoder layer.
+FEATURES = (12 + 24) + (12 + 12) + (12 + 12) + (24 + 12) + (12 + 20) + (12 + 20) + (20 + 12)
+DEVICE = plans.Device("test", 1e6, 10**9, 2.0, plans.Shares(0.5, 0.5, 0.5, 0.5))
+
+
+def make_job(config: Any = CONFIG, *, layout: Layout = ONE_DEVICE, max_tokens: int = 200, **training: Any) -> TrainingJob:
+    content = {"episodes": {"max_tokens": max_tokens}, "training": {"lora": {"rank": 4}, "num_steps": 10, **training}}
+    dtype = torch.float32 if training.get("dtype") == "float32" else torch.bfloat16
+    return TrainingJob(parse_recipe(content), read_decoder("tiny", config), dtype, layout, on_cpu=True)
+
+
+def test_parameters_are_those_of_a_real_model(tiny_model: Callable[..., Any]) -> None:
+    for architecture, overrides in (("llama", {}), ("mistral", {"tie_word_embeddings": True}), ("gemma", {})):
+        model = tiny_model(architecture, **overrides)
+        decoder = read_decoder("tiny", model.config)
+        assert decoder.num_parameters == sum(weight.numel() for weight in model.parameters())
+        for lora in ({"rank": 4}, {"rank": 8, "targets": ["q_proj", "down_proj"]}):
+            job = replace(make_job(lora=lora), decoder=decoder)
+            adapted = add_lora(tiny_model(architecture, **overrides), job.recipe.training.lora, seed=0)
+            assert job.num_trained == sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+
+
+def test_memory_of_adapters_by_hand() -> None:
+    job = make_job()
+    adapters = 3 * 4 * FEATURES
+    # States and norms, query and output, key and value, gated layer, seven adapters of rank 4; log-sum-exp of four heads.
+    layer = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
+    standing = MemoryParts(
+        weights=2 * PARAMETERS + 4 * adapters,
+        optimizer=8 * adapters,
+        other=memory.CPU_RUNTIME_BYTES,
+    )
+    activations = 200 * (3 * layer + 2 * 12)
+    found = forecast_memory(job)
+    # A tenth of 200 tokens are targets.
+    assert found == {
+        "loss": replace(standing, activations=activations, logits=12 * 20 * 100),
+        "layers": replace(standing, activations=activations, other=memory.CPU_RUNTIME_BYTES + 6 * 2 * 20 * 200),
+        "update": replace(standing, gradients=4 * adapters),
+    }
+    assert peak_bytes(job) == max(parts.total for parts in found.values())
+
+
+def test_memory_of_all_weights_by_hand() -> None:
+    half, whole = (forecast_memory(make_job(tune="full", dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    inner = 2 * 24 + 2 * 12 + 3 * 20
+    assert half["loss"].activations == 200 * (3 * (16 * 12 + 5 * 2 * 12 + 2 * inner + 16) + 4 * 12)
+    assert whole["loss"].activations == 200 * (3 * (16 * 12 + 8 * 12 + 4 * inner + 16) + 4 * 12)
+    assert half["loss"].other == memory.CPU_RUNTIME_BYTES + 2 * (3 * LAYER_WEIGHTS + 1200)
+    assert whole["loss"].other == memory.CPU_RUNTIME_BYTES
+    assert (half["layers"].gradients, half["update"].gradients) == (4 * 1200, 4 * PARAMETERS)
+    for parts in (half["loss"], whole["loss"]):
+        assert (parts.weights, parts.optimizer, parts.gradients) == (4 * PARAMETERS, 8 * PARAMETERS, 0)
+
+
+def test_parts_add_up() -> None:
+    names = [part.name for part in fields(MemoryParts)]
+    assert names == ["weights", "gradients", "optimizer", "activations", "logits", "other"]
+    parts = MemoryParts(**{name: 10**place for place, name in enumerate(names)})
+    assert parts.total == 111_111
+
+
+def loss_activations(job: TrainingJob) -> int:
+    """Bytes that a layer keeps of a token, without what its state takes beside the layers."""
+    activations = forecast_memory(job)["loss"].activations
+    return (activations // job.tokens - 2 * 12) // 3
+
+
+def test_what_a_layer_keeps_follows_the_recipe() -> None:
+    plain = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
+    assert loss_activations(make_job()) == plain
+    # Frozen layers keep no input: one norm and the gated product are not kept, and five adapters are not there.
+    queries = make_job(lora={"rank": 4, "targets": ["q_proj", "v_proj"]})
+    assert loss_activations(queries) == plain - 2 * (12 + 20 + 5 * 4)
+    # Dropout: an fp32 copy and a mask of each layer's input, x Aᵀ in fp32, and no bf16 input.
+    dropout = make_job(lora={"rank": 4, "dropout": 0.1})
+    inputs = 5 * 12 + 24 + 20
+    assert loss_activations(dropout) == plain - 2 * (2 * 12 + 20 + 7 * 4) + 8 * inputs + 4 * 7 * 4
+    # A mask, and keys and values of all four heads.
+    padded = make_job(rows_per_device=2, rows_per_step=2)
+    assert loss_activations(padded) == plain + 2 * 2 * (24 - 12) + 2 * 200
+    capped = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=50.0, sliding_window=200, query_pre_attn_scalar=6)
+    assert loss_activations(make_job(capped)) == plain + 8 * 4 * 200
+    assert loss_activations(make_job(capped, max_tokens=201)) == plain + 8 * 4 * 201 + 2 * 2 * (24 - 12) + 2 * 201
+
+
+def test_checkpointing_keeps_states_and_one_layer() -> None:
+    layer = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
+    found = forecast_memory(make_job(gradient_checkpointing=True))
+    assert found["loss"].activations == 200 * (3 + 1) * 2 * 12
+    assert found["layers"].activations == 200 * ((3 + 1) * 2 * 12 + layer)
+
+
+def test_logits_are_those_of_a_chunk() -> None:
+    def logits(job: TrainingJob) -> int:
+        return forecast_memory(job)["loss"].logits // (12 * 100)
+
+    assert logits(make_job(max_tokens=4000)) == 400
+    assert logits(make_job(max_tokens=6000)) == 512
+    # Two rows compute the positions at which either has a target.
+    assert logits(make_job(max_tokens=1000, rows_per_device=2, rows_per_step=2)) == 2 * 200
+    altered = transformers.Gemma2Config(**SIZES, final_logit_softcapping=30.0)
+    assert logits(make_job(altered, max_tokens=6000)) == 600
+    assert logits(replace(make_job(), target_share=0.0)) == 1
+
+
+def test_gradients_of_earlier_passes_stand_beside_activations() -> None:
+    one, two = (forecast_memory(make_job(rows_per_step=rows)) for rows in (1, 2))
+    assert one["loss"].gradients == one["layers"].gradients == 0
+    assert two["loss"].gradients == two["layers"].gradients == two["update"].gradients == 4 * 3 * 4 * FEATURES
+
+
+def test_fsdp_divides_weights_gradients_and_optimizer() -> None:
+    job = make_job(tune="full", rows_per_step=8)
+    alone = forecast_memory(job)["update"]
+    spread = forecast_memory(replace(job, layout=Layout(4, is_sharded=True)))["update"]
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(spread, part) == getattr(alone, part) // 4
+    # The embeddings and two layers are whole for a while, in bf16.
+    assert spread.other == memory.CPU_RUNTIME_BYTES + 2 * (2 * 1200 + 2 * LAYER_WEIGHTS)
+    copies = forecast_memory(replace(job, layout=Layout(4)))["update"]
+    assert copies.other == alone.other + 4 * PARAMETERS
+    assert (copies.weights, copies.gradients, copies.optimizer) == (alone.weights, alone.gradients, alone.optimizer)
+
+
+def test_devices_that_share_a_row_divide_its_tokens() -> None:
+    job = make_job()
+    shared = replace(job, layout=Layout(4, context_parallel=4))
+    assert (shared.tokens, shared.num_passes) == (50, 1)
+    assert forecast_memory(shared)["loss"].activations * 4 == forecast_memory(job)["loss"].activations
+    assert forecast_memory(shared)["loss"].logits * 4 == forecast_memory(job)["loss"].logits
+    assert plan_training(shared, DEVICE).operations == plan_training(job, DEVICE).operations
+    assert plan_training(shared, DEVICE).seconds_per_update * 4 == pytest.approx(plan_training(job, DEVICE).seconds_per_update)
+
+
+@pytest.mark.parametrize(
+    ("layout", "training", "message"),
+    [
+        (Layout(6, context_parallel=4), {}, r"6 device\(s\) cannot be put into groups of 4 that share a row\. Change --devices"),
+        (Layout(8), {}, r"training\.rows_per_step = 1 is no multiple of 8, the rows that 8 device\(s\) feed at once"),
+        (Layout(8, context_parallel=4), {"rows_per_step": 6, "rows_per_device": 2}, r"= 6 is no multiple of 4, the rows that"),
+    ],
+)
+def test_rows_that_cannot_be_shared_out_are_refused(layout: Layout, training: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_training(make_job(layout=layout, **training), DEVICE)
+
+
+def machine_benchmark() -> Any:
+    """benchmarks/machine.py, which is no package."""
+    path = Path(__file__).parents[1] / "benchmarks" / "machine.py"
+    spec = importlib.util.spec_from_file_location("machine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("training", [{"rows_per_step": 3}, {"tune": "full"}, {"gradient_checkpointing": True}])
+def test_operations_are_those_of_the_benchmarks(training: dict[str, Any]) -> None:
+    job = make_job(**training)
+    rows = training.get("rows_per_step", 1)
+    rank = None if job.is_full else 4
+    expected = machine_benchmark().training_operations(CONFIG, [200] * rows, targets=20 * rows, lora_rank=rank)
+    assert plan_training(job, DEVICE).operations == expected
+
+
+def test_time_and_cost_by_hand() -> None:
+    job = make_job(rows_per_step=2)
+    linear = 4 * (200 * 3 * LAYER_WEIGHTS + 20 * 12 * 100)
+    adapters, attention = 6 * 200 * 3 * 4 * FEATURES, 6 * 200 * 200 * 3 * 24
+    device = replace(DEVICE, shares=plans.Shares(linear=0.5, adapters=0.25, attention=0.1, masked=0.05))
+    seconds = 2 * (linear / 0.5 + adapters / 0.25 + attention / 0.1) / 1e6
+    plan = plan_training(job, device)
+    assert plan.seconds_per_update == pytest.approx(seconds)
+    assert plan.tokens_per_second == pytest.approx(400 / seconds)
+    assert plan.hours == pytest.approx(10 * seconds / 3600)
+    assert plan.cost == pytest.approx(2.0 * plan.hours)
+    again = plan_training(make_job(rows_per_step=2, gradient_checkpointing=True), device)
+    forward = 2 * (2 * 200 * 3 * LAYER_WEIGHTS / 0.5 + adapters / 3 / 0.25 + attention / 3 / 0.1) / 1e6
+    assert again.seconds_per_update == pytest.approx(seconds + forward)
+    assert again.operations == plan.operations
+    masked = plan_training(make_job(rows_per_step=2, rows_per_device=2), device)
+    assert masked.seconds_per_update == pytest.approx(seconds + 2 * (2 * attention / 0.05 - attention / 0.1) / 1e6)
+    # More than 512 targets: all chunks of logits are computed again.
+    long, chunk = make_job(max_tokens=6000), 2 * 600 * 12 * 100
+    whole = replace(long, decoder=replace(long.decoder, keeps_logits=True))
+    difference = plan_training(long, device).seconds_per_update - plan_training(whole, device).seconds_per_update
+    assert difference == pytest.approx(chunk / 0.5 / 1e6, rel=1e-3)
+
+
+def test_a_plan_says_whether_it_fits() -> None:
+    job = make_job()
+    peak = peak_bytes(job)
+    fitting, short = (plan_training(job, replace(DEVICE, memory_bytes=limit)) for limit in (peak, peak - 1))
+    assert (fitting.fits, short.fits, plan_training(job, replace(DEVICE, memory_bytes=None)).fits) == (True, False, True)
+    assert "warning" not in show_plan(fitting)
+    less = planning.show_bytes(peak_bytes(make_job(gradient_checkpointing=True)))
+    row = make_job(max_tokens=128)
+    assert show_plan(short).splitlines()[-1] == (
+        f"warning: does not fit. training.gradient_checkpointing=true needs {less}; "
+        f"episodes.max_tokens=128 needs {planning.show_bytes(peak_bytes(row))}."
+    )
+
+
+def test_what_is_suggested_needs_less() -> None:
+    job = make_job(layout=Layout(4), tune="full", rows_per_device=2, rows_per_step=8, max_tokens=4000)
+    limit = peak_bytes(job) - 1_000_000
+    changes = memory.suggest_changes(job, limit) | plans._suggest_layouts(job)
+    assert [words.partition("=")[0] for words in changes] == [
+        "training.gradient_checkpointing",
+        "training.rows_per_device",
+        "episodes.max_tokens",
+        "--fsdp",
+        "--context-parallel 2",
+    ]
+    assert all(peak_bytes(changed) < peak_bytes(job) for changed in changes.values())
+    (longest,) = (changed.recipe.episodes.max_tokens for words, changed in changes.items() if "max_tokens" in words)
+    assert longest % 128 == 0
+    assert peak_bytes(job.changed("episodes", max_tokens=longest)) <= limit
+    assert peak_bytes(job.changed("episodes", max_tokens=longest + 128)) > limit
+    assert memory.suggest_changes(make_job(gradient_checkpointing=True), 0) == {}
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Path:
+    """A folder with a config.json and nothing else."""
+    CONFIG.save_pretrained(tmp_path / "sizes")
+    assert [path.name for path in (tmp_path / "sizes").iterdir()] == ["config.json"]
+    return tmp_path / "sizes"
+
+
+def test_a_config_without_weights_is_enough(config_folder: Path) -> None:
+    recipe = parse_recipe({"model": str(config_folder), "episodes": {"max_tokens": 200}})
+    plan = plan_recipe(recipe, PlanRequest(device="l4", layout=Layout(1)))
+    assert (plan.job.decoder.num_parameters, plan.device.name, plan.job.dtype) == (PARAMETERS, "L4", torch.bfloat16)
+    assert plan.job.decoder.shape == read_decoder("tiny", CONFIG).shape
+    assert plan.moments["loss"].other == memory.GPU_RUNTIME_BYTES
+
+
+def test_the_config_of_an_adapter_is_its_bases(tmp_path: Path, config_folder: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "manyicl.json").write_text(json.dumps({"base": str(config_folder), "note": ""}))
+    assert load_config(folder).hidden_size == 12
+
+
+def test_a_model_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no/such/model: its config cannot be read: .*a published shape \(--shape\)"):
+        plan_recipe(parse_recipe({"model": "no/such/model"}), PlanRequest(device="H100"))
+    with pytest.raises(ModelError, match="holds no model"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"its config cannot be read: .*Give `default`, a folder with a config\.json"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (PlanRequest(device="H10"), r"--device 'H10' is not known\. The nearest is 'H100' \(known: H100, H200, A100, L4, cpu\)"),
+        (PlanRequest(device="A100-80GB"), r"The nearest is 'A100'"),
+        (
+            PlanRequest("H100", shape="llama-8b"),
+            r"--shape 'llama-8b' is not known\. The nearest is 'llama3-8b' \(known: llama3-8b,",
+        ),
+    ],
+)
+def test_unknown_devices_and_shapes_name_the_nearest(request_: PlanRequest, message: str) -> None:
+    with pytest.raises(UserInputError, match=message):
+        plan_recipe(parse_recipe({}), request_)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("mistral-7b", 7_241_732_096),
+        ("gemma-7b", 8_537_680_896),
+    ],
+)
+def test_published_shapes_have_the_published_number_of_parameters(shape: str, parameters: int) -> None:
+    plan = plan_recipe(parse_recipe({}), PlanRequest("H200", shape=shape))
+    assert plan.job.decoder.num_parameters == parameters
+
+
+def test_models_of_another_kind_are_refused_in_a_plan_and_trained_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = transformers.MixtralConfig(num_hidden_layers=2, num_key_value_heads=4, num_attention_heads=4, hidden_size=16)
+    experts.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="mixtral has num_local_experts = 8"):
+        plan_recipe(parse_recipe({"model": str(tmp_path)}), PlanRequest("H100"))
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 0)
+    check_training_memory(parse_recipe({}), experts, row_tokens=100, device=CPU)
+
+
+def test_this_machine_is_measured(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 123)
+    ticks = iter(range(100))
+    monkeypatch.setattr(plans.time, "perf_counter", lambda: float(next(ticks)))
+    recipe = parse_recipe({"model": str(config_folder), "training": {"dtype": "float32"}})
+    plan = plan_recipe(recipe, PlanRequest(price_per_hour=1.5, efficiency=0.3))
+    # Three passes of a second each, of 2,048 tokens through the linear layers of one decoder layer.
+    assert plan.device == plans.Device("cpu", 2 * 2048 * LAYER_WEIGHTS, 123, 1.5, plans.Shares(0.3, 0.3, 0.3, 0.3))
+    assert plan.job.on_cpu
+    assert not plan.fits
+
+
+def test_training_that_does_not_fit_is_refused_with_sizes_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse_recipe({"episodes": {"max_tokens": 4000}, "training": {"dtype": "float32", "lora": {"rank": 4}}})
+    job = make_job(dtype="float32", max_tokens=3000)
+    needed = peak_bytes(job) - 4 * PARAMETERS
+
+    def check(available: int | None) -> None:
+        monkeypatch.setattr(planning, "available_bytes", lambda device: available)
+        check_training_memory(recipe, CONFIG, row_tokens=3000, device=CPU)
+
+    check(needed)
+    check(None)
+    with pytest.raises(BudgetError) as caught:
+        check(needed - 1)
+    less = planning.show_bytes(peak_bytes(job.changed("training", gradient_checkpointing=True)) - 4 * PARAMETERS)
+    row = planning.show_bytes(peak_bytes(job.changed("episodes", max_tokens=2944)) - 4 * PARAMETERS)
+    assert str(caught.value) == (
+        f"training on rows of 3,000 tokens, beside the loaded model, needs {planning.show_bytes(needed)} on cpu, where "
+        f"{planning.show_bytes(needed - 1)} are available. Set training.gradient_checkpointing=true ({less}) or "
+        f"episodes.max_tokens=2944 ({row})."
+    )
+    with pytest.raises(BudgetError, match=r"where 0 B are available\. Set training\.gradient_checkpointing=true \([^)]*\)\.$"):
+        check(0)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"gradient_checkpointing": True})})
+    with pytest.raises(BudgetError, match="No change of the recipe is enough: free memory, or take a smaller model"):
+        check(0)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse_recipe({"training": {"dtype": "float32", "lora": {"rank": 4}, "rows_per_step": 2}})
+    job = make_job(dtype="float32", rows_per_step=2, max_tokens=300, layout=Layout(2))
+    needed = 2 * (peak_bytes(job) - 4 * PARAMETERS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(planning, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(BudgetError, match=r"^training on rows of 300 tokens in 2 processes, beside the loaded model, needs "):
+        check_training_memory(recipe, CONFIG, row_tokens=300, device=CPU, num_processes=2)
+    monkeypatch.setattr(planning, "available_bytes", lambda device: needed)
+    check_training_memory(recipe, CONFIG, row_tokens=300, device=CPU, num_processes=2)
+
+
+def test_a_run_that_does_not_fit_writes_nothing(
+    tiny_model_folder: Callable[..., Path], suite_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tiny_model_folder("llama"), suite_folder(), tmp_path / "run")
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(runs, "train_model", lambda *arguments, **options: pytest.fail("it was trained"))
+    message = r"training on rows of 1\d\d tokens, beside the loaded model, needs 15\d MB on cpu, where 1 MB are available\. Set "
+    with pytest.raises(BudgetError, match=message):
+        runs.train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_a_plan(run_cli: Callable[..., tuple[int, str, str]], config_folder: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe({"model": str(config_folder), "episodes": {"max_tokens": 200}, "training": {"num_steps": 10}})
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    options = ("--device", "h100", "--devices", 8, "--fsdp", "--context-parallel", 4, "--price", 2.5, "--efficiency", 0.25)
+    code, output, _ = run_cli("plan", path, "training.rows_per_step=4", "training.lora.rank=4", *options, "--targets", 0.05)
+    assert code == 0
+    job = replace(make_job(rows_per_step=4, layout=Layout(8, True, 4)), target_share=0.05, on_cpu=False)
+    job = replace(job, decoder=replace(job.decoder, name=str(config_folder)))
+    device = replace(plans.GPUS["H100"], price_per_hour=2.5, shares=plans.Shares(0.25, 0.25, 0.25, 0.25))
+    plan = plan_training(job, device)
+    assert output == show_plan(plan) + "\n"
+    shown = {line.split()[0]: line for line in output.splitlines() if line}
+    assert shown["model"] == f"model       {config_folder}: {PARAMETERS:,} parameters, {12 * FEATURES:,} trained (LoRA of rank 4)"
+    assert shown["devices"] == "devices     8 x H100, FSDP, 4 share a row, bfloat16"
+    assert shown["rows"] == "rows        200 tokens, 5% of them targets (--targets, assumed);"
+    assert shown["memory"].split() == ["memory", "of", "one", "device", "loss", "layers", "update"]
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "other", "total"):
+        values = [planning.show_bytes(getattr(parts, part)) for parts in plan.moments.values()]
+        assert shown[part].split() == [part, *" ".join(values).split()]
+    assert shown["peak"] == f"peak        {planning.show_bytes(plan.peak_bytes)} of 80 GB"
+    assert shown["operations"] == f"operations  {plan.operations:.3g} an update"
+    assert "25% are reached, an assumption (--efficiency)" in output
+    assert shown["cost"].endswith("at $2.50 a device and hour, an assumption (--price)")
+
+
+def test_a_plan_of_too_long_rows_says_so(
+    run_cli: Callable[..., tuple[int, str, str]], config_folder: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe({"model": str(config_folder), "episodes": {"max_tokens": 5000}})
+    code, output, _ = run_cli("plan", write_recipe(tmp_path / "recipe.yaml", recipe), "--device", "L4")
+    assert code == 0
+    assert output.splitlines()[-1] == f"warning: rows of 5,000 tokens are longer than the 4,096 positions of {config_folder}."
+    code, output, errors = run_cli("plan", tmp_path / "recipe.yaml", "--device", "L40")
+    assert (code, output) == (2, "")
+    assert errors == "error: --device 'L40' is not known. The nearest is 'L4' (known: H100, H200, A100, L4, cpu).\n"
+
+
+def test_planning_loads_no_weights(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *arguments, **options: pytest.fail("weights"))
+    plan_recipe(parse_recipe({"model": str(config_folder)}), PlanRequest("A100"))

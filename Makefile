@@ -57,11 +57,15 @@ bench-foundation: $(TOOLS)
 bench-scoring: $(PEERS) vllm-env
 	$(BIN)/python benchmarks/scoring.py --output docs/results/scoring.json --vllm-python $(VLLM)/bin/python \
 		--lm-eval-python $(BIN)/python
+	$(BIN)/python benchmarks/agreement.py --output docs/results/agreement.json
 	$(BIN)/python benchmarks/scoring_page.py docs/results/scoring.json
 
-# Makes docs/results/training-speed.json: ours against TRL; half an hour. Nothing else should run.
+# Makes docs/results/training-speed.md: ours against TRL, and the objectives on ../shared/data; an hour. Nothing else should run.
 bench-training: $(PEERS)
-	$(BIN)/python benchmarks/training.py --output docs/results/training-speed.json --compiled
+	$(BIN)/python benchmarks/training.py --output docs/results/training-speed.json
+	$(BIN)/python benchmarks/training.py --changes --output docs/results/training-changes.json
+	$(BIN)/python benchmarks/objectives.py --output docs/results/objectives.json
+	$(BIN)/python benchmarks/training_page.py docs/results
 
 vllm-env: $(VLLM)/.installed
 

@@ -27,13 +27,18 @@ RECIPE = "recipes/real.yaml"
 ALL_ANSWERS_RATE = 6.0e-4
 LAST_ANSWER_RATES = (2.0e-4, 6.0e-4, 2.0e-3)
 TIMED_UPDATES = 6
-SHOTS = "0,4,16,64,max"
+SHOTS = "0,4,16,64"
 
 
 def train(bench: Bench, name: str, objective: str, rate: float, num_steps: int, arguments: argparse.Namespace) -> Path:
     """The folder of a finished run."""
     output = arguments.work / name
-    overrides = [f"tasks={arguments.tasks}", f"output={output}", f"objective.name={objective}", f"training.learning_rate={rate:g}"]
+    overrides = [
+        f"tasks={arguments.tasks}",
+        f"output={output}",
+        f"objective.name={objective}",
+        f"training.learning_rate={rate:g}",
+    ]
     overrides += [f"training.num_steps={num_steps}", f"training.save_every={num_steps}", "training.validate_checkpoints=false"]
     bench.run(name, ["manyicl", "train", RECIPE, *overrides, "--resume"])
     return output
@@ -63,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="../shared/data", help="a suite with validation tasks")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"))
-    parser.add_argument("--updates", type=int, default=60, help="updates of all_answers")
+    parser.add_argument("--updates", type=int, default=50, help="updates of all_answers")
     parser.add_argument("--output", type=Path, default=Path("runs/objectives.json"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

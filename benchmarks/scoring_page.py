@@ -1,4 +1,7 @@
-"""The page of a scoring run: python benchmarks/scoring_page.py docs/results/scoring.json, which writes scoring.md beside it."""
+"""The page of a scoring run: python benchmarks/scoring_page.py docs/results/scoring.json, which writes scoring.md beside it.
+
+It reads agreement.json there too (benchmarks/agreement.py).
+"""
 
 import json
 import sys
@@ -43,28 +46,33 @@ def figure_lines(figures: dict[str, float | None]) -> list[str]:
     return lines
 
 
-def agreement_lines(result: dict[str, Any]) -> list[str]:
-    """Agreement with uncached scores on every query of some tasks, and with each peer over its cells."""
-    tasks = result["agreement"]["uncached bf16 scores, all queries"]
+def agreement_lines(result: dict[str, Any], agreement: dict[str, Any]) -> list[str]:
+    """Agreement with full prompts on every query of some tasks, and with each peer over its cells."""
     lines = [
-        "Ours and full prompts (transformers, no cache), in bf16, on every query of built-in tasks behind 16 shots.",
-        "The last two columns compare each of them with full prompts in fp32: what rounding alone does.",
+        f"Full prompts (transformers, SDPA, no cache) against ours, all in bf16, on 40 queries each of built-in tasks behind "
+        f"{agreement['shots']} demonstrations.",
+        "The control is transformers against itself: full prompts under its eager attention. The lead is that of the best label over",
+        "the second where another is chosen, in nats. Made by `python benchmarks/agreement.py`, in [agreement.json](agreement.json).",
         "",
-        "| task | labels | queries | same best label | largest difference | lead where not | ours as fp32 | full as fp32 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | task | labels | queries | ours: same best label | mean difference | lead | control: same best label | mean | lead |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, own in tasks.items():
-        shares = [100 * own["same_best_label_as_fp32"][side] for side in ("ours", "full prompts")]
-        counts = f"{own['labels']} | {own['queries']} | {100 * own['same_best_label']:.1f}%"
-        lines.append(
-            f"| {name} | {counts} | {own['largest_difference']:.2f} "
-            f"| {own['largest_lead_where_labels_differ']:.3f} | {shares[0]:.1f}% | {shares[1]:.1f}% |"
-        )
-    same = sum(own["same_best_label"] * own["queries"] for own in tasks.values())
-    asked = sum(own["queries"] for own in tasks.values())
+    for model, tasks in agreement["models"].items():
+        totals = {"ours": 0.0, "control": 0.0}
+        for name, own in tasks.items():
+            cells = []
+            for side in totals:
+                found = own[side]
+                totals[side] += found["same_best_label"] * own["queries"]
+                cells.append(
+                    f"{100 * found['same_best_label']:.1f}% | {found['mean_difference']:.3f} "
+                    f"| {found['largest_lead_where_labels_differ']:.2f}"
+                )
+            lines.append(f"| {model} | {name} | {own['labels']} | {own['queries']} | {' | '.join(cells)} |")
+        asked = sum(own["queries"] for own in tasks.values())
+        ours, control = (f"{100 * total / asked:.1f}%" for total in totals.values())
+        lines.append(f"| {model} | all | | {asked} | {ours} | | | {control} | | |")
     lines += [
-        "",
-        f"Over all {asked} queries the best label is the same for {100 * same / asked:.1f}%.",
         "",
         "| peer | cells | queries | same best label, least | largest difference of a log-probability |",
         "|---|---:|---:|---:|---:|",
@@ -90,7 +98,7 @@ def memory_line(memory: dict[str, Any], saved: dict[str, Any]) -> str:
     )
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: dict[str, Any], agreement: dict[str, Any]) -> str:
     """The whole page as Markdown."""
     machine = result["machine"]
     where = f"{machine['processor']}, {machine['threads']} threads, no GPU; torch {machine['torch']}"
@@ -124,7 +132,7 @@ def page(result: dict[str, Any]) -> str:
             "",
             "## Agreement",
             "",
-            *agreement_lines(result),
+            *agreement_lines(result, agreement),
             "",
             "## Memory and saved prefixes",
             "",
@@ -137,7 +145,8 @@ def page(result: dict[str, Any]) -> str:
 def main() -> None:
     """Write the page beside the figures."""
     path = Path(sys.argv[1])
-    write_text_atomic(path.with_suffix(".md"), page(json.loads(path.read_text(encoding="utf-8"))))
+    result, agreement = (json.loads(each.read_text(encoding="utf-8")) for each in (path, path.with_name("agreement.json")))
+    write_text_atomic(path.with_suffix(".md"), page(result, agreement))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ agree to 1e-3 on the mean over rows, in fp32 and in bf16. Then, by row length: t
 updates after the first), peak memory beyond the loaded model (the high-water mark is reset after loading), and the share of the
 limit.
 
+Then the length: seconds a token = a + b · T and peak memory = c + d · T, fitted by least squares to our cells; attention costs as
+much as all else where b · T = a. `--changes` measures instead, at 2,048 tokens, what each kept change brings: ours without it.
+
 TRL is measured with each of its settings in `TRL_SETTINGS` and counted at the fastest of them; ours at one for all rows.
 
 The limit counts multiplications and additions that an update needs (`training_operations` in machine.py): forward and backward
@@ -23,9 +26,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from machine import describe_machine, measure_matrix_rate, training_operations
 
 FOLDER = Path(__file__).parent
@@ -43,6 +48,13 @@ COMPILED = {"gradient_checkpointing": False, "torch_compile": True}
 # Without checkpointing TRL takes more memory at this length than the machine has.
 ONLY_CHECKPOINTING_FROM = 8_192
 MOST_DIFFERENCE = 1e-3
+CHANGES: dict[str, list[str]] = {
+    "everything": [],
+    "without the attention kernel": ["kernel"],
+    "without fewer activations": ["activations"],
+    "without losses in the head": ["head"],
+    "without all three": ["kernel", "activations", "head"],
+}
 
 
 def make_task(num_examples: int) -> Any:
@@ -90,6 +102,7 @@ def run_cell(python: Path, script: str, job: dict[str, Any], folder: Path) -> di
     given.write_text(json.dumps(job), encoding="utf-8")
     answer.unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])}
+    environment |= {"MANYICL_CPU_KERNEL": "off"} if "kernel" in job.get("without", ()) else {}
     done = subprocess.run(
         [str(python), str(FOLDER / script), str(given), str(answer)],
         capture_output=True,
@@ -139,12 +152,43 @@ def compare_losses(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def fit_length(cells: dict[str, Any]) -> dict[str, float]:
+    """How seconds a token and peak memory grow with the row."""
+    lengths = np.array([statistics.mean(cell["tokens"]) for cell in cells.values()])
+    seconds = np.array([1 / cell["ours"]["tokens_per_second"] for cell in cells.values()])
+    memory = np.array([cell["ours"]["peak_beyond_model_bytes"] for cell in cells.values()])
+    slope, start = np.polyfit(lengths, seconds, 1)
+    bytes_per_token, fixed = np.polyfit(lengths, memory, 1)
+    return {
+        "seconds_per_token": float(start),
+        "seconds_per_token_and_token_of_length": float(slope),
+        "tokens_where_attention_costs_as_much_as_the_rest": float(start / slope),
+        "largest_error_of_seconds": float(np.abs((start + slope * lengths) / seconds - 1).max()),
+        "bytes_per_token": float(bytes_per_token),
+        "fixed_bytes": float(fixed),
+        "largest_error_of_memory": float(np.abs((fixed + bytes_per_token * lengths) / memory - 1).max()),
+    }
+
+
+def measure_changes(job: dict[str, Any], side: tuple[Path, str], folder: Path) -> dict[str, Any]:
+    """Ours at one length without each kept change, in the same run."""
+    result = {}
+    for name, without in CHANGES.items():
+        found = run_cell(*side, job | {"without": without}, folder)
+        tokens = [len(row["input_ids"]) for row in job["rows"]]
+        seconds = statistics.median(own / number for own, number in zip(found["seconds"][1:], tokens[1:], strict=True))
+        result[name] = {"tokens_per_second": 1 / seconds, "peak_beyond_model_bytes": found["peak_beyond_model_bytes"]}
+        print(f"{name}: {1 / seconds:.0f} tokens/s", file=sys.stderr)
+    return result
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON; printed too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--compiled", action="store_true", help="TRL with torch_compile too, at 2,048 tokens (minutes more)")
+    parser.add_argument("--changes", action="store_true", help="what each change brings, at 2,048 tokens, and nothing else")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="a Python with trl, peft and datasets")
     return parser.parse_args()
@@ -157,6 +201,36 @@ def settings_at(length: int, *, compiled: bool) -> dict[str, dict[str, Any]]:
     return TRL_SETTINGS | ({"compiled": COMPILED} if compiled and length == 2_048 else {})
 
 
+def compare_sides(common: dict[str, Any], sides: dict[str, tuple[Path, str]], folder: Path) -> dict[str, Any]:
+    """Losses of the two sides on the same rows, in fp32 and in bf16."""
+    agreement = {}
+    rows = as_lists(make_rows(AGREEMENT_LENGTH, AGREEMENT_ROWS))
+    for dtype in ("float32", "bfloat16"):
+        # A rate so small that no weight changes: every row is judged by the model as it is.
+        job = common | {"length": AGREEMENT_LENGTH, "rows": rows, "dtype": dtype, "learning_rate": 1e-12, "settings": {}}
+        agreement[dtype] = compare_losses({name: run_cell(*side, job, folder) for name, side in sides.items()})
+        print(f"losses in {dtype}: {json.dumps(agreement[dtype])}", file=sys.stderr)
+    return agreement
+
+
+def measure_length(
+    length: int, common: dict[str, Any], sides: dict[str, tuple[Path, str]], folder: Path, *, compiled: bool
+) -> tuple[dict[str, Any], list[Any]]:
+    """What both sides answer about rows of a length, TRL with each of its settings; and the rows."""
+    built = make_rows(length, NUM_ROWS.get(length, 3))
+    rows = as_lists(built)
+    job = common | {"length": length, "rows": rows, "dtype": "bfloat16", "settings": {}}
+    found = run_cell(*sides["ours"], job, folder)
+    if "absent" in found:
+        raise SystemExit(found["absent"])
+    targets = sum(label >= 0 for row in rows for label in row["labels"])
+    cell: dict[str, Any] = {"tokens": [row.num_tokens for row in built], "targets": targets, "ours": found, "trl": {}}
+    for name, settings in settings_at(length, compiled=compiled).items() if "trl" in sides else ():
+        cell["trl"][name] = run_cell(*sides["trl"], job | {"settings": settings}, folder)
+        print(f"{length}, TRL {name}: {cell['trl'][name].get('seconds')}", file=sys.stderr)
+    return cell, built
+
+
 def main() -> None:
     """Compare losses, then measure every cell."""
     from manyicl.config import LoraConfig
@@ -164,52 +238,37 @@ def main() -> None:
     from manyicl.modeling import add_lora, export_model, load_model
 
     arguments = parse_arguments()
+    start = time.perf_counter()
+    sides = {"ours": (Path(sys.executable), "training_ours.py"), "trl": (arguments.trl_python.absolute(), "peer_trl.py")}
+    if arguments.no_peer:
+        del sides["trl"]
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export_model("default", folder / "model")
         loaded = load_model("default", dtype="bfloat16")
         config, rate = loaded.model.config, measure_matrix_rate(loaded.model.config)
-        adapted = add_lora(loaded.model, LoraConfig.model_validate(LORA), seed=0)
-        adapted.save_pretrained(str(folder / "adapter"))
-        common = {
-            "model": str(folder / "model"),
-            "adapter": str(folder / "adapter"),
-            "threads": arguments.threads,
-            "learning_rate": LEARNING_RATE,
-        }
-        ours, trl = (Path(sys.executable), "training_ours.py"), (arguments.trl_python.absolute(), "peer_trl.py")
-        agreement: dict[str, Any] = {}
-        rows = as_lists(make_rows(AGREEMENT_LENGTH, AGREEMENT_ROWS))
-        for dtype in () if arguments.no_peer else ("float32", "bfloat16"):
-            # A rate so small that no weight changes: every row is judged by the model as it is.
-            job = common | {"length": AGREEMENT_LENGTH, "rows": rows, "dtype": dtype, "learning_rate": 1e-12, "settings": {}}
-            agreement[dtype] = compare_losses(
-                {name: run_cell(*side, job, folder) for name, side in (("ours", ours), ("trl", trl))}
-            )
-            print(f"losses in {dtype}: {json.dumps(agreement[dtype])}", file=sys.stderr)
-        cells: dict[str, Any] = {}
-        for length in arguments.lengths:
-            built = make_rows(length, NUM_ROWS.get(length, 3))
-            rows = as_lists(built)
-            targets = sum(label >= 0 for row in rows for label in row["labels"])
-            job = common | {"length": length, "rows": rows, "dtype": "bfloat16", "settings": {}}
-            cell: dict[str, Any] = {"tokens": [row.num_tokens for row in built], "targets": targets}
-            found = run_cell(*ours, job, folder)
-            if "absent" in found:
-                raise SystemExit(found["absent"])
-            cell["ours"] = figures(found, built, targets, config, rate)
-            cell["trl"] = {}
-            for name, settings in {} if arguments.no_peer else settings_at(length, compiled=arguments.compiled).items():
-                found = run_cell(*trl, job | {"settings": settings}, folder)
-                cell["trl"][name] = found if "absent" in found else figures(found, built, targets, config, rate)
-                print(f"{length}, TRL {name}: {cell['trl'][name].get('tokens_per_second')}", file=sys.stderr)
-            print(f"{length}, ours: {cell['ours']['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
-            cells[str(length)] = cell | _against_best(cell)
-    result = {
-        "agreement": agreement,
-        "rows": cells,
-        "limit": {"matrix_rate_per_second": rate, "formula": __doc__.split("\n\n")[3].strip()},
+        add_lora(loaded.model, LoraConfig.model_validate(LORA), seed=0).save_pretrained(str(folder / "adapter"))
+        places = {"model": str(folder / "model"), "adapter": str(folder / "adapter")}
+        common = places | {"threads": arguments.threads, "learning_rate": LEARNING_RATE}
+        if arguments.changes:
+            job = common | {"length": 2_048, "rows": as_lists(make_rows(2_048, NUM_ROWS[2_048])), "dtype": "bfloat16"}
+            result["changes"] = measure_changes(job, sides["ours"], folder)
+        else:
+            result["agreement"] = compare_sides(common, sides, folder) if "trl" in sides else {}
+            result["rows"] = cells = {}
+            for length in arguments.lengths:
+                cell, built = measure_length(length, common, sides, folder, compiled=arguments.compiled)
+                cell["ours"] = figures(cell["ours"], built, cell["targets"], config, rate)
+                for name, found in cell["trl"].items():
+                    cell["trl"][name] = found if "absent" in found else figures(found, built, cell["targets"], config, rate)
+                print(f"{length}, ours: {cell['ours']['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+                cells[str(length)] = cell | _against_best(cell)
+            result["fit"] = fit_length(cells) if len(cells) > 2 else {}
+    result |= {
+        "limit": {"matrix_rate_per_second": rate, "formula": __doc__.split("\n\n")[4].strip()},
         "lora": LORA,
+        "seconds": time.perf_counter() - start,
         "machine": describe_machine(),
         "model": f"default, bf16, {DEFAULT_NOTE}",
     }

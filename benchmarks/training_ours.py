@@ -11,6 +11,7 @@ from peft import PeftModel
 from training import as_lists, make_rows
 from updates import UpdateTimer
 
+from manyicl.attention import use_shared_prefix_attention
 from manyicl.config import ObjectiveConfig, TrainingConfig
 from manyicl.modeling import load_model
 from manyicl.training import ManyShotTrainer, prepare_for_training, to_tensors, training_arguments
@@ -25,7 +26,11 @@ def main() -> None:
         raise SystemExit("the rows made here are not those of the job")
     loaded = load_model(job["model"], dtype=job["dtype"])
     model = PeftModel.from_pretrained(loaded.model, job["adapter"], is_trainable=True)
-    prepare_for_training(model)
+    without = job.get("without", ())
+    if "activations" not in without:
+        prepare_for_training(model)
+    else:
+        use_shared_prefix_attention(model.get_base_model())
     for weight in model.parameters():  # Mapped weights are read once, so that they count as loaded.
         weight.detach().sum()
     settings = {
@@ -47,6 +52,7 @@ def main() -> None:
             callbacks=[timer],
         )
         trainer.args.save_strategy = "no"
+        trainer.in_head = trainer.in_head and "head" not in without
         loaded_bytes = reset_high_water_mark()
         trainer.train()
     answer = {

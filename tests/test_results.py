@@ -1,7 +1,9 @@
 """Published results are what their records say: no number of the tables was typed by hand."""
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from manyicl.records import read_records
 from manyicl.reporting.terminal import markdown_curves
@@ -68,3 +70,38 @@ def test_the_page_on_prefixes_shows_the_figures_of_its_file() -> None:
         label = name.replace("->", "→").replace("bf16 int8", "bf16, int8").replace("fp32 int8", "fp32, int8")
         rows += f"| {label} | {' | '.join(shown)} |" in page
     assert rows == 4
+
+
+def load_benchmark(name: str) -> Any:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_figures(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_on_scores_is_made_from_its_file() -> None:
+    figures = read_figures("scoring")
+    assert (RESULTS / "scoring.md").read_text(encoding="utf-8") == load_benchmark("scoring_page").page(
+        figures, read_figures("agreement")
+    )
+    assert all(value is not None for value in figures["figures"].values())
+
+
+def test_the_page_on_training_is_made_from_its_files() -> None:
+    page = load_benchmark("training_page").page(*map(read_figures, ("training-speed", "training-changes", "objectives")))
+    assert (RESULTS / "training-speed.md").read_text(encoding="utf-8") == page
+
+
+def test_the_readme_shows_the_speed_of_the_files() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    cell, scores = read_figures("training-speed")["rows"]["2048"], read_figures("scoring")["figures"]
+    assert f"{cell['times_tokens_per_second']:.1f} times the tokens a second of TRL's `SFTTrainer`" in readme
+    assert f"{cell['memory_ratio']:.2f} of its memory" in readme
+    assert f"{scores['times vLLM constrained, 2700 tokens, 2 labels']:.1f} times vLLM" in readme

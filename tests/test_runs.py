@@ -313,10 +313,10 @@ def test_tasks_are_chosen_by_role_or_name(suite_folder, tiny_model_folder, tmp_p
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"role": "held-out"}, "--role 'held-out' is none of meta_training, validation, held_out and all"),
+        ({"role": "held-out"}, "role 'held-out' is none of meta_training, validation, held_out and all"),
         ({"only": ("taste",)}, r"suite 'suite' has no task 'taste' \(colour, size, mood, speed\)"),
         ({"only": ("size",), "role": "held_out"}, "task 'size' of suite 'suite' has the role meta_training, not held_out"),
-        ({"format": "markdown"}, "--format 'markdown' is neither plain nor chat"),
+        ({"format": "markdown"}, "format 'markdown' is neither plain nor chat"),
         ({"context_tokens": 5000}, "a context of 5000 tokens was asked of .*, which has 4096 positions"),
         ({"context_tokens": 10}, "the longest query and its answer take 22 tokens, more than the context of 10"),
         ({"models": ("no/such/model",)}, "no/such/model: cannot be loaded"),

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,6 +36,8 @@ from manyicl.training_plan.jobs import ONE_DEVICE
 from model_fixtures import make_recipe, write_recipe
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "how-to" / "plan-a-run.md"
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 12,
@@ -82,10 +86,12 @@ def test_memory_of_adapters_by_hand() -> None:
     )
     activations = 200 * (3 * layer + 2 * 12)
     found = forecast_memory(job)
+    work = 6 * 2 * 20 * 200
+    other = memory.CPU_RUNTIME_BYTES + activations // 5 + 5 * work
     # A tenth of 200 tokens are targets.
     assert found == {
-        "loss": replace(standing, activations=activations, logits=12 * 20 * 100),
-        "layers": replace(standing, activations=activations, other=memory.CPU_RUNTIME_BYTES + 6 * 2 * 20 * 200),
+        "loss": replace(standing, activations=activations, logits=12 * 20 * 100, other=other),
+        "layers": replace(standing, activations=activations, other=other + work),
         "update": replace(standing, gradients=4 * adapters),
     }
     assert peak_bytes(job) == max(parts.total for parts in found.values())
@@ -96,8 +102,8 @@ def test_memory_of_all_weights_by_hand() -> None:
     inner = 2 * 24 + 2 * 12 + 3 * 20
     assert half["loss"].activations == 200 * (3 * (16 * 12 + 5 * 2 * 12 + 2 * inner + 16) + 4 * 12)
     assert whole["loss"].activations == 200 * (3 * (16 * 12 + 8 * 12 + 4 * inner + 16) + 4 * 12)
-    assert half["loss"].other == memory.CPU_RUNTIME_BYTES + 2 * (3 * LAYER_WEIGHTS + 1200)
-    assert whole["loss"].other == memory.CPU_RUNTIME_BYTES
+    assert half["update"].other == memory.CPU_RUNTIME_BYTES + 2 * (3 * LAYER_WEIGHTS + 1200)
+    assert whole["update"].other == memory.CPU_RUNTIME_BYTES
     assert (half["layers"].gradients, half["update"].gradients) == (4 * 1200, 4 * PARAMETERS)
     for parts in (half["loss"], whole["loss"]):
         assert (parts.weights, parts.optimizer, parts.gradients) == (4 * PARAMETERS, 8 * PARAMETERS, 0)
@@ -139,6 +145,10 @@ def test_checkpointing_keeps_states_and_one_layer() -> None:
     found = forecast_memory(make_job(gradient_checkpointing=True))
     assert found["loss"].activations == 200 * (3 + 1) * 2 * 12
     assert found["layers"].activations == 200 * ((3 + 1) * 2 * 12 + layer)
+    work = 6 * 2 * 20 * 200
+    assert found["layers"].other == memory.CPU_RUNTIME_BYTES + found["layers"].activations // 5 + 6 * work
+    on_gpu = forecast_memory(replace(make_job(gradient_checkpointing=True), on_cpu=False))
+    assert on_gpu["layers"].other == memory.GPU_RUNTIME_BYTES + work
 
 
 def test_logits_are_those_of_a_chunk() -> None:
@@ -198,7 +208,7 @@ def test_rows_that_cannot_be_shared_out_are_refused(layout: Layout, training: di
 
 def machine_benchmark() -> Any:
     """benchmarks/machine.py, which is no package."""
-    path = Path(__file__).parents[1] / "benchmarks" / "machine.py"
+    path = ROOT / "benchmarks" / "machine.py"
     spec = importlib.util.spec_from_file_location("machine", path)
     assert spec is not None
     assert spec.loader is not None
@@ -248,10 +258,13 @@ def test_a_plan_says_whether_it_fits() -> None:
     assert "warning" not in show_plan(fitting)
     less = planning.show_bytes(peak_bytes(make_job(gradient_checkpointing=True)))
     row = make_job(max_tokens=128)
-    assert show_plan(short).splitlines()[-1] == (
-        f"warning: does not fit. training.gradient_checkpointing=true needs {less}; "
-        f"episodes.max_tokens=128 needs {planning.show_bytes(peak_bytes(row))}."
-    )
+    assert show_plan(short).splitlines()[-3:] == [
+        "warning: does not fit. One change would need:",
+        f"  training.gradient_checkpointing=true  {less:>10}",
+        f"  episodes.max_tokens=128               {planning.show_bytes(peak_bytes(row)):>10}",
+    ]
+    nothing = plan_training(make_job(gradient_checkpointing=True), replace(DEVICE, memory_bytes=0))
+    assert show_plan(nothing).splitlines()[-1] == "warning: does not fit. Take larger devices, or more of them."
 
 
 def test_what_is_suggested_needs_less() -> None:
@@ -406,7 +419,7 @@ def test_a_run_that_does_not_fit_writes_nothing(
     recipe = make_recipe(tiny_model_folder("llama"), suite_folder(), tmp_path / "run")
     monkeypatch.setattr(planning, "available_bytes", lambda device: 1_000_000)
     monkeypatch.setattr(runs, "train_model", lambda *arguments, **options: pytest.fail("it was trained"))
-    message = r"training on rows of 1\d\d tokens, beside the loaded model, needs 15\d MB on cpu, where 1 MB are available\. Set "
+    message = r"training on rows of 1\d\d tokens, beside the loaded model, needs 11\d MB on cpu, where 1 MB are available\. Set "
     with pytest.raises(BudgetError, match=message):
         runs.train(recipe)
     assert not (tmp_path / "run").exists()
@@ -433,8 +446,18 @@ def test_the_command_prints_a_plan(run_cli: Callable[..., tuple[int, str, str]],
         assert shown[part].split() == [part, *" ".join(values).split()]
     assert shown["peak"] == f"peak        {planning.show_bytes(plan.peak_bytes)} of 80 GB"
     assert shown["operations"] == f"operations  {plan.operations:.3g} an update"
-    assert "25% are reached, an assumption (--efficiency)" in output
-    assert shown["cost"].endswith("at $2.50 a device and hour, an assumption (--price)")
+    assert "\n            25% are reached, as given\n" in output
+    assert shown["cost"].endswith("at $2.50 a device and hour, as given")
+    assumed = run_cli("plan", path, "--device", "A100")[1]
+    assert "\n            40% are reached, an assumption (--efficiency)\n" in assumed
+    assert assumed.endswith("at $1.80 a device and hour, an assumption (--price)\n")
+    on_cpu = show_plan(
+        plan_training(job, replace(DEVICE, name="cpu", memory_bytes=None, shares=plans.CPU_SHARES, price_per_hour=0.0))
+    )
+    assert re.search(
+        r"\n            \d+% \(linear\), \d+% \(adapters\), .* are reached, measured once \(--efficiency\)\n", on_cpu
+    )
+    assert on_cpu.endswith("at $0.00 a device and hour, an assumption (--price)")
 
 
 def test_a_plan_of_too_long_rows_says_so(
@@ -452,3 +475,38 @@ def test_a_plan_of_too_long_rows_says_so(
 def test_planning_loads_no_weights(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *arguments, **options: pytest.fail("weights"))
     plan_recipe(parse_recipe({"model": str(config_folder)}), PlanRequest("A100"))
+
+
+def printed_plans() -> list[tuple[list[str], str]]:
+    """Commands of the page whose output stands below them, as arguments, with that output."""
+    found = []
+    for block in re.findall(r"^```\n\$ (manyicl plan .*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+        command, output = re.split(r"(?<!\\)\n", block, maxsplit=1)
+        found.append((shlex.split(command.replace("\\\n", " "))[1:], output))
+    return found
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_page_shows_what_the_command_prints(
+    run_cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert len(printed_plans()) == 4
+    arguments, shown = printed_plans()[number]
+    assert run_cli(*arguments)[:2] == (0, shown)
+
+
+def test_the_page_shows_the_figures_of_its_file() -> None:
+    figures = json.loads((ROOT / "docs" / "results" / "planning.json").read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    assert len(figures["configurations"]) >= 6
+    assert figures["within"] == {"memory": True, "time": True}
+    for name, cell in figures["configurations"].items():
+        sizes = [planning.show_bytes(cell[f"{kind}_bytes"]) for kind in ("measured", "predicted")]
+        seconds = [f"{cell[f'{kind}_seconds']:.2f} s" for kind in ("measured", "predicted")]
+        cells = [name, *sizes, f"{cell['memory_error']:+.0%}", *seconds, f"{cell['time_error']:+.0%}"]
+        assert f"| {' | '.join(cells)} |\n" in page
+        assert abs(cell["predicted_bytes"] / cell["measured_bytes"] - 1) <= 0.15
+        assert abs(cell["predicted_seconds"] / cell["measured_seconds"] - 1) <= 0.25
+    for share in fields(plans.Shares):
+        assert f"{getattr(plans.CPU_SHARES, share.name):.0%} ({share.name})" in " ".join(page.split())

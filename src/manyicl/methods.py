@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from manyicl.engines.native import NativeEngine
 from manyicl.episodes import fill_budget
 from manyicl.errors import BudgetError
@@ -115,8 +113,5 @@ class OpenedInContext:
         if not self.task.is_choice:
             return [Answer(text) for text in self.engine.write(prefix, inputs, max_new_tokens=self.max_answer_tokens)]
         choices = [self.task.choices(query) for query in queries]
-        answers = []
-        for own, scores in zip(choices, self.engine.choose(prefix, inputs, choices), strict=True):
-            best = int(np.argmax(scores))
-            answers.append(Answer(own[best], best, float(scores[best])))
-        return answers
+        best = self.engine.find_best(prefix, inputs, choices)
+        return [Answer(own[each.index], each.index, each.log_probability) for own, each in zip(choices, best, strict=True)]

@@ -403,7 +403,7 @@ def _chosen_tasks(suite: TaskSuite, request: EvaluationRequest) -> tuple[Task, .
     """The tasks of a role, those named, or those named within a role."""
     roles = (*get_args(Role), "all", None)
     if request.role not in roles:
-        raise UserInputError(f"--role {request.role!r} is none of {', '.join(get_args(Role))} and all.")
+        raise UserInputError(f"role {request.role!r} is none of {', '.join(get_args(Role))} and all.")
     for name in request.only:
         if name not in suite.tasks:
             raise UserInputError(f"suite {suite.name!r} has no task {name!r} ({', '.join(suite.tasks)}).")
@@ -419,13 +419,13 @@ def _chosen_tasks(suite: TaskSuite, request: EvaluationRequest) -> tuple[Task, .
     role = request.role or "held_out"
     tasks = tuple(task for name, task in suite.tasks.items() if suite.role(name) == role)
     if not tasks:
-        raise UserInputError(f"suite {suite.name!r} has no {role} task. Name tasks, or choose --role all.")
+        raise UserInputError(f"suite {suite.name!r} has no {role} task. Name tasks, or choose the role all.")
     return tasks
 
 
 def _check_format(name: str | None) -> None:
     if name not in (None, "plain", "chat"):
-        raise UserInputError(f"--format {name!r} is neither plain nor chat.")
+        raise UserInputError(f"format {name!r} is neither plain nor chat.")
 
 
 def _open_engine(loaded: LoadedModel, format: str | None, context_tokens: int | None) -> NativeEngine:

@@ -1,6 +1,6 @@
 """The native engine: this process runs the model, with text in and scores or text out.
 
-The seam for other engines: methods say `prefill`, `choose` and `write`, and see no tensor. The estimators go through it to
+The seam for other engines: methods say `prefill`, `find_best` and `write`, and see no tensor. The estimators go through it to
 the model, since they put retrieved demonstrations into a query's own tokens.
 """
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from manyicl.encoding import Encoder
 from manyicl.errors import BudgetError
+from manyicl.label_search import BestLabel, find_best_labels
 from manyicl.modeling import LoadedModel
 from manyicl.prefix import Prefix, prefill
 from manyicl.scoring import generate_answers, score_labels
@@ -56,12 +57,26 @@ class NativeEngine:
             TaskError: a choice is empty, or two have the same tokens.
             BudgetError: a query does not fit behind the prefix.
         """
-        encoded: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-        labels = [encoded.setdefault(own, []) or encoded[own] for own in map(tuple, choices)]
-        for own, ids in encoded.items():
-            ids.extend(self.encoder.encode_labels(own))
         queries = [self.encoder.encode_query(text) for text in inputs]
-        return score_labels(self.loaded.model, prefix, queries, labels, normalise=normalise)
+        return score_labels(self.loaded.model, prefix, queries, self._encode_choices(choices), normalise=normalise)
+
+    def find_best(self, prefix: Prefix, inputs: Sequence[str], choices: Sequence[Sequence[str]]) -> list[BestLabel]:
+        """The choice of the highest score of each query, as `choose` would have it; of many choices few are computed.
+
+        Raises:
+            TaskError: see `choose`; or a query has no choice.
+            BudgetError: a query does not fit behind the prefix.
+        """
+        queries = [self.encoder.encode_query(text) for text in inputs]
+        return find_best_labels(self.loaded.model, prefix, queries, self._encode_choices(choices))
+
+    def _encode_choices(self, choices: Sequence[Sequence[str]]) -> list[list[tuple[int, ...]]]:
+        """Token ids of each query's choices, the same object for the same choices."""
+        encoded: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+        for own in map(tuple, choices):
+            if own not in encoded:
+                encoded[own] = self.encoder.encode_labels(own)
+        return [encoded[tuple(own)] for own in choices]
 
     def write(self, prefix: Prefix, inputs: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy answers as text, up to the terminator.

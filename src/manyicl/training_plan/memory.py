@@ -13,6 +13,7 @@ The peak is the largest of three moments (bytes; the base of LoRA has e bytes a 
     gradient checkpointing           C numbers a layer and token, and one layer's of the above in the second moment
     logits                           12 · V · positions of a chunk, 512 at most: three fp32 matrices
     work of one layer                6eI a token: the backward pass of the gated layer
+    holes of the heap                on processors: 0.2 of the activations, and 5 times the work of one layer
     optimizer, gradients             8 and 4 a trained weight (AdamW)
 
 Gradients appear as activations go, so an update of one pass never holds both whole; one of several passes does. A mask (padded
@@ -42,9 +43,13 @@ from manyicl.training_plan.jobs import MASTER_BYTES, Layout, TrainingJob, read_d
 
 logger = logging.getLogger(__name__)
 
-# What torch's libraries, threads and buffers take with the first pass. Measured for processors (benchmarks/planning.py); for
-# GPUs assumed: CUDA context, libraries' workspaces, rounding of the allocator.
-CPU_RUNTIME_BYTES = 150_000_000
+# Constants, measured on a processor (benchmarks/planning.py): what torch's libraries, threads and buffers take with the first
+# pass, and the free blocks of the heap that are too small for what comes next, as a share of what is kept, and as multiples of
+# the work of one layer. glibc before 2.38 leaves many: an aligned block never fits the hole of another of its size.
+CPU_RUNTIME_BYTES = 110_000_000
+CPU_HOLES_OF_KEPT = 0.2
+CPU_HOLES_OF_WORK = 5
+# Assumed: CUDA's context, workspaces of libraries, rounding of the allocator.
 GPU_RUNTIME_BYTES = 1_500_000_000
 
 _LOGITS_BYTES = 12
@@ -88,16 +93,14 @@ def forecast_memory(job: TrainingJob) -> dict[str, MemoryParts]:
     state = job.tokens * shape.hidden_size * (MASTER_BYTES if job.is_full else size)
     checkpointing = job.recipe.training.gradient_checkpointing
     kept = state + shape.num_layers * (state if checkpointing else layer)
+    again = kept + (layer if checkpointing else 0)
     head = MASTER_BYTES * shape.vocabulary_size * shape.hidden_size // job.shards if job.is_full else 0
     work = _LAYER_WORK * size * shape.inner_size * job.tokens
+    holes = int(CPU_HOLES_OF_KEPT * again) + CPU_HOLES_OF_WORK * work if job.on_cpu else 0
+    other = fixed.other + holes
     return {
-        "loss": replace(fixed, activations=kept, logits=_logits_bytes(job)),
-        "layers": replace(
-            fixed,
-            gradients=fixed.gradients or head,
-            activations=kept + (layer if checkpointing else 0),
-            other=fixed.other + work,
-        ),
+        "loss": replace(fixed, activations=kept, logits=_logits_bytes(job), other=other),
+        "layers": replace(fixed, gradients=fixed.gradients or head, activations=again, other=other + work),
         "update": replace(fixed, gradients=trained),
     }
 

@@ -254,9 +254,9 @@ def show_plan(plan: TrainingPlan) -> str:
         f"peak        {show_bytes(plan.peak_bytes)}{limit}",
         f"operations  {plan.operations:.3g} an update",
         f"speed       {plan.tokens_per_second:,.0f} tokens/s, at {device.matrix_rate:.3g} operations/s a device, of which",
-        f"            {_describe_shares(device.shares)} are reached, an assumption (--efficiency)",
+        f"            {_describe_shares(device.shares)}",
         f"time        {plan.seconds_per_update:.3g} s an update, {plan.hours:.3g} hours for {training.num_steps} updates",
-        f"cost        ${plan.cost:,.2f}, at ${device.price_per_hour:,.2f} a device and hour, an assumption (--price)",
+        f"cost        ${plan.cost:,.2f}, at ${device.price_per_hour:,.2f} a device and hour, {_describe_price(device)}",
     ]
     return "\n".join(lines + _warnings(plan))
 
@@ -268,11 +268,16 @@ def _describe_layout(layout: Layout, device: Device) -> str:
 
 
 def _describe_shares(shares: Shares) -> str:
-    """Shares by kind of work, or one where all are the same."""
-    named = {each.name: getattr(shares, each.name) for each in fields(Shares)}
-    if len(set(named.values())) == 1:
-        return f"{shares.linear:.0%}"
-    return ", ".join(f"{value:.0%} ({name})" for name, value in named.items())
+    """Shares by kind of work, and where they come from."""
+    if shares == CPU_SHARES:
+        named = ", ".join(f"{getattr(shares, each.name):.0%} ({each.name})" for each in fields(Shares))
+        return f"{named} are reached, measured once (--efficiency)"
+    return f"{shares.linear:.0%} are reached, {'an assumption (--efficiency)' if shares == GPU_SHARES else 'as given'}"
+
+
+def _describe_price(device: Device) -> str:
+    known = GPUS.get(device.name)
+    return "an assumption (--price)" if device.price_per_hour == (known.price_per_hour if known else 0.0) else "as given"
 
 
 def _memory_line(name: str, moments: Mapping[str, MemoryParts]) -> str:
@@ -287,8 +292,8 @@ def _warnings(plan: TrainingPlan) -> list[str]:
         lines.append(f"warning: rows of {tokens:,} tokens are longer than the {positions:,} positions of {job.decoder.name}.")
     if not plan.fits and plan.device.memory_bytes is not None:
         changes = suggest_changes(job, plan.device.memory_bytes) | _suggest_layouts(job)
-        listed = "; ".join(f"{words} needs {show_bytes(peak_bytes(changed))}" for words, changed in changes.items())
-        lines.append(f"warning: does not fit. {listed or 'Take larger devices, or more of them'}.")
+        lines.append(f"warning: does not fit. {'One change would need:' if changes else 'Take larger devices, or more of them.'}")
+        lines += [f"  {words:38}{show_bytes(peak_bytes(changed)):>10}" for words, changed in changes.items()]
     return lines
 
 

@@ -247,3 +247,10 @@ def test_one_prefill_serves_the_whole_curve_of_a_real_method(tiny_loaded, small_
     scores = engine.choose(prefix, [query.input for query in task.test[:4]], [task.labels] * 4)
     assert records[-1].queries.predicted == [int(own.argmax()) for own in scores]
     assert records[-1].prefix_tokens == prefix.num_tokens
+
+
+def test_one_of_several_processes_evaluates_its_seeds_alone(small_task, tmp_path):
+    method, plan = Parrot(), Plan(shots=(0, 1), num_seeds=4, num_queries=2, model="m")
+    given = evaluate_task(method, small_task(), "held_out", plan=plan, writer=RecordWriter(tmp_path / "r.jsonl"), seeds=(1, 3))
+    assert [(record.seed, record.shots) for record in given] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert len(method.opened) == 2

@@ -14,6 +14,7 @@ from manyicl.records import (
     EvaluationRecord,
     QueryScores,
     RecordWriter,
+    SharedRecordWriter,
     mean_curve,
     merge_records,
     read_records,
@@ -281,3 +282,154 @@ def test_models_and_methods_have_curves_of_their_own() -> None:
         ("nearest", "default", 0.7),
     ]
     assert len(mean_curve(records)) == 3
+
+
+def shared(output: Path, rank: int, size: int = 2, request: str = "request") -> SharedRecordWriter:
+    return SharedRecordWriter(output, place=(rank, size), request=request)
+
+
+def beside(output: Path) -> list[str]:
+    """What stands beside the output, without the output's name and the hash of the request."""
+    return sorted(path.name.removeprefix(output.name)[10:] for path in output.parent.glob(f"{output.name}.*"))
+
+
+def test_the_last_process_to_finish_merges_the_files_of_all(tmp_path: Path) -> None:
+    output = written(tmp_path / "a.jsonl", record(seed=9))
+    writers = [shared(output, rank, 3) for rank in range(3)]
+    for rank, writer in enumerate(writers):
+        writer.append(record(seed=rank))
+    assert beside(output) == ["0-of-3.part", "1-of-3.part", "2-of-3.part"]
+    assert not writers[2].finish()
+    assert not writers[0].finish()
+    assert beside(output) == ["0-of-3.done", "1-of-3.part", "2-of-3.done"]
+    assert read_records(output) == [record(seed=9)]
+    assert writers[1].finish()
+    assert beside(output) == []
+    assert sorted(each.seed for each in read_records(output)) == [0, 1, 2, 9]
+
+
+def test_of_two_that_are_last_one_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "a.jsonl"
+    first, second = shared(output, 0), shared(output, 1)
+    first.append(record(seed=0))
+    second.append(record(seed=1))
+    replace = Path.replace
+
+    def replace_and_let_the_other_finish(path: Path, target: Path) -> Path:
+        done = replace(path, target)
+        if target.name.endswith("0-of-2.done"):  # Both have marked their share as finished before either looks.
+            monkeypatch.setattr(Path, "replace", replace)
+            assert second.finish()
+        return done
+
+    monkeypatch.setattr(Path, "replace", replace_and_let_the_other_finish)
+    assert not first.finish()
+    assert sorted(each.seed for each in read_records(output)) == [0, 1]
+    assert beside(output) == []
+
+
+def test_the_mark_can_be_taken_by_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "a.jsonl"
+    first, second = shared(output, 0), shared(output, 1)
+    first.append(record(seed=0))
+    second.append(record(seed=1))
+    second.path.replace(second.path.with_suffix(".done"))
+    replace = Path.replace
+
+    def taken_by_another(path: Path, target: Path) -> Path:
+        if target.name.endswith(".merging"):
+            replace(path, target)  # The other was first.
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", taken_by_another)
+    assert not first.finish()
+    assert not output.exists()
+    assert beside(output) == ["0-of-2.merging", "1-of-2.done"]
+    monkeypatch.undo()
+    # The one that took it was killed: whoever is started again finds all done, in any number of processes.
+    assert not shared(output, 1).finish()
+    assert beside(output) == ["0-of-2.merging", "1-of-2.done"]
+    again = shared(output, 0)
+    assert again.finished.keys() == {record(seed=0).key}
+    assert again.finish()
+    assert sorted(each.seed for each in read_records(output)) == [0, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_a_stopped_evaluation_left_is_not_computed_again(tmp_path: Path, size: int) -> None:
+    output = written(tmp_path / "a.jsonl", record(seed=5))
+    finished, killed = shared(output, 0), shared(output, 1)
+    finished.append(record(seed=0))
+    assert not finished.finish()
+    killed.append(record(seed=1))
+    with killed.path.open("ab") as stream:
+        stream.write(b'{"torn')
+    writers = [RecordWriter(output)] if size == 1 else [shared(output, rank, size) for rank in range(size)]
+    for writer in writers:
+        for seed in (0, 1, 5):
+            assert writer.find(record(seed=seed).key, "f") == record(seed=seed)
+        assert writer.find(record(seed=2).key, "f") is None
+    assert [writer.finish() for writer in writers] == [False] * (size - 1) + [True]
+    assert sorted(each.seed for each in read_records(output)) == [0, 1, 5]
+    assert beside(output) == []
+
+
+def test_shares_of_another_request_are_no_sign_that_all_is_done(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    for rank in (0, 1):
+        shared(output, rank, request="few seeds").append(record(seed=rank))
+    assert not shared(output, 1, request="few seeds").finish()
+    writer = shared(output, 0, request="more seeds")
+    writer.append(record(seed=2))
+    assert not writer.finish()
+    assert not output.exists()
+    last = shared(output, 1, request="more seeds")
+    assert last.find(record(seed=1).key, "f") == record(seed=1)
+    assert last.finish()
+    assert sorted(each.seed for each in read_records(output)) == [0, 1, 2]
+    assert beside(output) == []
+
+
+def test_a_cell_found_elsewhere_stands_in_the_processs_own_file_too(tmp_path: Path) -> None:
+    output = written(tmp_path / "a.jsonl", record(seed=0), record(seed=1))
+    writer = shared(output, 0)
+    for _ in range(2):
+        assert writer.find(record(seed=1).key, "f") == record(seed=1)
+    assert read_records(writer.path) == [record(seed=1)]
+    with pytest.raises(
+        RecordsError, match=r"holds colour at 4 shots, seed 0, of another model, other examples or other settings"
+    ):
+        writer.find(record(seed=0).key, "g")
+    assert read_records(writer.path) == [record(seed=1)]
+
+
+def test_processes_that_contradict_each_other_are_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    first, second = shared(output, 0), shared(output, 1)
+    first.append(record(value=0.5))
+    second.append(record(value=0.25))
+    assert not first.finish()
+    with pytest.raises(RecordsError, match=r"has value 0\.\d+, another file says 0\.\d+\. Keep one of them"):
+        second.finish()
+    assert not output.exists()
+    assert len(beside(output)) == 2
+
+
+def test_shared_records_are_not_appended_to_gzip(tmp_path: Path) -> None:
+    with pytest.raises(RecordsError, match=r"a\.jsonl\.gz: records are appended line by line"):
+        shared(tmp_path / "a.jsonl.gz", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_beside_the_output_are_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    others = [
+        tmp_path / name
+        for name in ("a.jsonl.gz", "a.jsonl.notes.part", "a.jsonl.5f0c1a22-0-of-2.partial", "b.jsonl.5f0c1a22-0-of-2.part")
+    ]
+    for path in others:
+        path.write_text("kept")
+    assert RecordWriter(output).finish()
+    for rank in (0, 1):
+        shared(output, rank).finish()
+    assert [path.read_text() for path in others] == ["kept"] * 4

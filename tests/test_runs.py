@@ -456,3 +456,70 @@ def test_shots_that_do_not_fit_are_said_before_the_first_update(tiny_model_folde
     said = [record.getMessage() for record in caplog.records if "episodes.num_shots=500" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("1 of the first 1 episodes hold fewer than episodes.num_shots=500 demonstrations, the shortest ")
+
+
+@pytest.mark.parametrize("size", [2, 5])  # Four cells: shares of two, and one process without any.
+def test_processes_share_the_cells_of_an_evaluation(suite_folder, tiny_model_folder, tmp_path, monkeypatch, size):
+    request = request_for(suite_folder(), tiny_model_folder("llama"), only=("speed", "mood"), num_seeds=2)
+    alone = evaluate_models(request, tmp_path / "alone.jsonl")
+    loads = count_calls(monkeypatch, runs, "load_model")
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    given = []
+    for rank in range(size):
+        monkeypatch.setenv("RANK", str(rank))
+        given.append(evaluate_models(request, tmp_path / "shared.jsonl"))
+    assert given[:-1] == [None] * (size - 1)
+    assert len(loads) == min(size, 4)
+    untimed = {"seconds", "prefill_seconds"}
+    assert sorted(str(each.model_dump(exclude=untimed)) for each in given[-1]) == sorted(
+        str(each.model_dump(exclude=untimed)) for each in alone
+    )
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    computed = count_calls(monkeypatch, runs, "_open_engine")
+    assert len(evaluate_models(request, tmp_path / "shared.jsonl")) == 8
+    assert len(computed) == 1  # The model is opened, and no cell is done again.
+    assert len((tmp_path / "shared.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_last_process_gives_the_cells_asked_for_and_no_others(suite_folder, tiny_model_folder, tmp_path, monkeypatch):
+    suite, model = suite_folder(), tiny_model_folder("llama")
+    evaluate_models(request_for(suite, model, only=("speed", "mood"), num_seeds=2), tmp_path / "r.jsonl")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    request = request_for(suite, model, only=("mood",), shots=(2, 3))
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        given = evaluate_models(request, tmp_path / "r.jsonl")
+    assert [(record.task, record.seed, record.shots) for record in given] == [("mood", 0, 2), ("mood", 0, 3)]
+
+
+def test_resuming_with_another_number_of_processes_is_said(make, tmp_path, caplog):
+    runs.train(make(training={"num_steps": 2}))
+    (tmp_path / "run" / "summary.json").unlink()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["processes"] == 1
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"processes": 4}))
+    runs.train(make(training={"num_steps": 2}), resume=True)
+    assert (
+        len([record for record in caplog.records if "was started with processes 4 and goes on with 1" in record.getMessage()])
+        == 1
+    )
+
+
+def test_what_processes_were_not_all_started_with_is_named(make, tmp_path, monkeypatch):
+    def as_if_another_had(facts):
+        return (
+            [facts, facts | {"seed": 7, "training": facts["training"] | {"num_steps": 9}}] if "seed" in facts else [facts, facts]
+        )
+
+    monkeypatch.setattr(runs, "gather_from_processes", as_if_another_had)
+    with pytest.raises(
+        RecipeError, match=r"process 1 was not started with the same .*\(seed: 0 -> 7; training\.num_steps: 2 -> 9; on"
+    ):
+        runs.train(make(training={"num_steps": 2}))
+    monkeypatch.setattr(
+        runs, "gather_from_processes", lambda facts: [facts, dict.fromkeys(facts, "other")] if len(facts) == 1 else [facts]
+    )
+    with pytest.raises(RecipeError, match=r"\(files of the model: [0-9a-f]{64} -> other; on the left process 0\)"):
+        runs.train(make(training={"num_steps": 2}))
+    assert not (tmp_path / "run").exists()

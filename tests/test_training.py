@@ -4,18 +4,22 @@ import errno
 import json
 import logging
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from manyicl import checkpoints, training
+from manyicl import arguments, checkpoints, training
+from manyicl.arguments import training_arguments
 from manyicl.checkpoints import is_whole, list_checkpoints
 from manyicl.config import LoraConfig, TrainingConfig
 from manyicl.encoding import Encoder
-from manyicl.errors import CheckpointError, ManyICLError, ModelError, RecipeError, StorageError
+from manyicl.errors import CheckpointError, ManyICLError, StorageError
 from manyicl.modeling import add_lora
-from manyicl.training import ManyShotTrainer, train_model, training_arguments
+from manyicl.objective import answer_losses, count_units, shard_losses, shift_targets
+from manyicl.training import ManyShotTrainer, to_tensors, train_model
 from model_fixtures import (
     Config,
     FixedRows,
@@ -159,7 +163,7 @@ def test_resuming_a_run_whose_last_checkpoint_is_its_end_trains_no_more(run, mon
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_full_tuning_computes_in_bfloat16_and_keeps_fp32_weights(run, tiny_model, monkeypatch, dtype):
-    monkeypatch.setattr(training, "resolve_dtype", lambda name: torch.bfloat16)
+    monkeypatch.setattr(arguments, "resolve_dtype", lambda name: torch.bfloat16)
     model = tiny_model("llama")
     start = weights_of(model)
     computed = set()
@@ -172,23 +176,6 @@ def test_full_tuning_computes_in_bfloat16_and_keeps_fp32_weights(run, tiny_model
     moved = end["lm_head.weight"] - start["lm_head.weight"]
     assert moved.abs().max() > 0
     assert torch.equal(end["lm_head.weight"].bfloat16(), start["lm_head.weight"].bfloat16())  # bf16 weights would have lost it.
-
-
-def test_float32_and_lora_runs_are_not_under_autocast(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "resolve_dtype", lambda name: torch.float32 if name == "float32" else torch.bfloat16)
-    for tune, dtype, expected in (("full", "float32", False), ("full", "auto", True), ("lora", "bfloat16", False)):
-        config = TrainingConfig.model_validate({"tune": tune, "dtype": dtype})
-        assert training_arguments(config, tmp_path, seed=0, validate=False).bf16 is expected
-
-
-def test_bfloat16_is_refused_where_the_processor_lacks_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = TrainingConfig.model_validate({"tune": "full", "dtype": "bfloat16"})
-    with pytest.raises(ModelError, match=r"no bfloat16 .*\. Use dtype float32"):
-        training_arguments(config, tmp_path, seed=0, validate=False)
-    auto = TrainingConfig.model_validate({"tune": "full", "dtype": "auto"})
-    assert not training_arguments(auto, tmp_path, seed=0, validate=False).bf16
 
 
 def test_gradient_checkpointing_changes_no_weight_by_more_than_rounding(run, tiny_model, tmp_path):
@@ -308,37 +295,28 @@ def test_weights_and_optimizer_states_that_cannot_be_written_are_storage_errors(
     assert not is_whole(left)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rows_per_step": 3, "rows_per_device": 2}, r"rows_per_step = 3 is no multiple of 2"),
-        ({"rows_per_step": 1, "rows_per_device": 4}, r"rows_per_step = 1 is no multiple of 4"),
-        ({"trainer": {"warmup_stepz": 3}}, "no 'warmup_stepz'; the nearest is 'warmup_steps'"),
-        ({"trainer": {"max_steps": 3}}, r"sets 'max_steps', for which a recipe has a key of its own: training\.num_steps"),
-        ({"trainer": {"save_only_model": True}}, "sets 'save_only_model', with which a run could not be resumed exactly"),
-        ({"schedule": "zigzag"}, "zigzag is not a valid SchedulerType, please select one of .*cosine"),
-        ({"report_to": ["notepad"]}, "notepad is not supported, only .*tensorboard"),
-        ({"trainer": {"optim": "magic"}}, "magic is not a valid OptimizerNames"),
-    ],
-)
-def test_values_that_cannot_be_used_are_recipe_errors(tmp_path, fields, message):
-    with pytest.raises(RecipeError, match=message):
-        training_arguments(TrainingConfig.model_validate(fields), tmp_path / "checkpoints", seed=0, validate=False)
-    assert not (tmp_path / "checkpoints").exists()
+def test_context_parallel_training_cuts_rows_together_with_their_targets(run, encoder, tiny_model, monkeypatch):
+    # Of two processes that share a row this is the one with the front half, which causal attention needs no other for.
+    @contextmanager
+    def keep_front_half(buffers, buffer_seq_dims, no_restore_buffers):
+        assert buffer_seq_dims == [1] * len(buffers)
+        assert no_restore_buffers == set(buffers)
+        for buffer in buffers:  # In place, as torch does it.
+            half = buffer[:, : buffer.shape[1] // 2].clone()
+            buffer.resize_(half.shape).copy_(half)
+        yield
 
-
-def test_processes_share_the_rows_of_an_update(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = TrainingConfig.model_validate({"rows_per_step": 8, "rows_per_device": 2})
-    assert training._passes_per_step(config) == 2
-    with pytest.raises(RecipeError, match=r"rows_per_step = 1 is no multiple of 2, the rows that 2 process\(es\)"):
-        training._passes_per_step(TrainingConfig.model_validate({}))
-
-
-def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.TrainingArguments, "n_gpu", 2)
-    with pytest.raises(RecipeError, match=r"2 GPUs are visible to one process\. Start one process each"):
-        training_arguments(TrainingConfig.model_validate({}), tmp_path, seed=0, validate=False)
+    monkeypatch.setattr(ManyShotTrainer, "get_cp_size", lambda trainer: 2)
+    monkeypatch.setattr(Accelerator, "maybe_context_parallel", staticmethod(keep_front_half))
+    _, _, result = run(num_steps=1)
+    row = make_row(encoder, NUMBERS[0])
+    batch = to_tensors([row])
+    shifted = shift_targets(batch, Config({}), multiple=4)
+    half = {name: values[:, : values.shape[1] // 2] for name, values in shifted.items()}
+    front = shard_losses(tiny_model("llama"), half, in_head=True).total.item()
+    assert 0 < front < answer_losses(tiny_model("llama"), batch, Config({}), in_head=True).total.item()
+    assert result.losses == [(1, pytest.approx(front / (int(count_units(batch, Config({}))) // 2), rel=1e-5))]
+    assert result.tokens == row.num_tokens // 2  # Both count the row, and the sum is halved.
 
 
 def test_log_lines_are_for_people(run, caplog):

@@ -480,7 +480,9 @@ def test_planning_loads_no_weights(config_folder: Path, monkeypatch: pytest.Monk
 def printed_plans() -> list[tuple[list[str], str]]:
     """Commands of the page whose output stands below them, as arguments, with that output."""
     found = []
-    for block in re.findall(r"^```\n\$ (manyicl plan .*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+    for block in re.findall(
+        r"^```\n\$ (manyicl plan .*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    ):
         command, output = re.split(r"(?<!\\)\n", block, maxsplit=1)
         found.append((shlex.split(command.replace("\\\n", " "))[1:], output))
     return found

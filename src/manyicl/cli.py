@@ -42,10 +42,12 @@ def train(
 
     parsed = load_recipe(recipe, overrides)
     from manyicl import runs
-    from manyicl.training import leave_processes
+    from manyicl.process_group import leave_processes, place_among_processes
 
     result = runs.train(parsed, resume=resume)
     leave_processes()
+    if place_among_processes()[0]:
+        return
     typer.echo(
         f"{result.updates} updates, {result.tokens} tokens, {result.answers} answers in {result.seconds:.0f} s "
         f"({result.tokens_per_second:.0f} tokens/s, {result.answers_per_second:.2f} answers/s), "
@@ -84,7 +86,10 @@ def evaluate(
         context_tokens=context,
         format=format,
     )
-    print_curves(evaluate_models(request, output))
+    records = evaluate_models(request, output)
+    if records is None:  # Other processes are at work yet; the last to finish prints.
+        return
+    print_curves(records)
     typer.echo(f"records: {output}")
 
 

@@ -41,8 +41,13 @@ class Plan:
     versions: tuple[tuple[str, str], ...] = ()
 
 
-def evaluate_task(method: Method, task: Task, role: str, *, plan: Plan, writer: RecordWriter) -> Iterator[EvaluationRecord]:
+def evaluate_task(
+    method: Method, task: Task, role: str, *, plan: Plan, writer: RecordWriter, seeds: Sequence[int] | None = None
+) -> Iterator[EvaluationRecord]:
     """The records of one task, each on file before it is yielded; a shot count that does not fit is absent.
+
+    Args:
+        seeds: Those of the plan's orders that this process evaluates; None takes all.
 
     Raises:
         TaskError: the task has no test examples.
@@ -52,7 +57,7 @@ def evaluate_task(method: Method, task: Task, role: str, *, plan: Plan, writer: 
     if not queries:
         raise TaskError(f"task {task.name!r} has no test examples to evaluate on. Add a test file.")
     fingerprint = hashlib.sha256(f"{method.fingerprint}/{task.fingerprint()}/{len(queries)}".encode()).hexdigest()
-    for seed in range(plan.num_seeds):
+    for seed in range(plan.num_seeds) if seeds is None else seeds:
         keys: dict[Shots, tuple[str, str, str, str, Shots, int]] = {
             shots: (method.name, plan.model, task.name, "test", shots, seed) for shots in plan.shots
         }

@@ -7,6 +7,9 @@ r"""The loss: which answers are targets, and over what it is a mean. In training
 Only positions before a target token reach the output head, through the wrapped model's own forward, so that DDP and FSDP
 see their hooks; the head is asked for losses chunk by chunk, so that logits of a whole row never exist at once.
 
+Where several processes share a row (context parallelism), targets are shifted before the row is cut, and each position carries
+its own: however a row is cut, the losses of its shards sum to those of the row, given attention that sees the whole of it.
+
 Letters: B rows, T tokens, K kept positions (the union over the batch's rows), N = B · K, V vocabulary.
 """
 
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manyicl.config import ObjectiveConfig
-from manyicl.errors import BudgetError
+from manyicl.errors import BudgetError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +98,70 @@ def answer_losses(model: nn.Module, batch: Batch, config: ObjectiveConfig, *, in
     weights = _weights(batch, mask, config.normalisation)[:, kept + 1]
     if config.name == "reweighted":
         weights = weights * _shot_weights(losses.detach(), batch, mask, kept, config)
-    shots = batch["shot"][:, kept + 1][chosen]
+    return _add_up(losses, weights, batch["shot"][:, kept + 1], chosen)
+
+
+def shift_targets(batch: Batch, config: ObjectiveConfig, *, multiple: int = 1) -> Batch:
+    r"""A batch in which each position carries what it is trained to predict, so that rows can be cut anywhere.
+
+        input_ids    … \nAnswer:   positive    <|im_end|>  \n\n …
+        target         positive    <|im_end|>    \n\n      …        the token after it
+        shot             0             0          -1       -1       of the target, -1 for none
+        weight           1             1           0        0       fp32, 0 for none
+
+    Args:
+        multiple: Rows are padded at their end, without targets, to a multiple of so many tokens.
+
+    Raises:
+        BudgetError: a row holds several sequences, which a process that has a part of the row could not keep apart.
+        RecipeError: the weights of the objective come from losses of the whole row.
+    """
+    check_can_be_cut(batch, config)
+    mask = select_targets(batch, config.name)
+    length = mask.shape[1]
+    added = -length % multiple
+    weight = _weights(batch, mask, config.normalisation)
+    shot = torch.where(mask, batch["shot"], -1)
+    positions = torch.arange(length + added, device=mask.device).expand(mask.shape[0], -1)
+    pad = nn.functional.pad
+    return {
+        "input_ids": pad(batch["input_ids"], (0, added)),
+        "position_ids": positions.contiguous(),
+        "target": pad(batch["input_ids"][:, 1:], (0, added + 1)),
+        "shot": pad(shot[:, 1:], (0, added + 1), value=-1),
+        "weight": pad(weight[:, 1:], (0, added + 1)),
+    }
+
+
+def check_can_be_cut(batch: Batch, config: ObjectiveConfig) -> None:
+    """Whether rows can be shared between processes; see `shift_targets` for what it raises."""
+    episode = batch["episode"]
+    if bool(((episode >= 0) & (episode != episode[:, :1])).any()):
+        raise BudgetError("context parallelism needs rows of one sequence each. Set episodes.pack to false.")
+    if config.name == "reweighted":
+        raise RecipeError("context parallelism does not go with objective.name = reweighted. Choose another objective.")
+
+
+def shard_losses(model: nn.Module, shard: Batch, *, in_head: bool) -> AnswerLosses:
+    """Losses of the targets of one shard of a batch from `shift_targets`."""
+    kept = (shard["weight"] > 0).any(dim=0).nonzero().flatten()
+    if not kept.numel():
+        kept = torch.zeros(1, dtype=torch.long, device=kept.device)  # The model runs all the same: other processes wait for it.
+    losses = _token_losses(model, shard, kept, shard["target"][:, kept], in_head=in_head)
+    weights = shard["weight"][:, kept]
+    chosen = weights > 0
+    return _add_up(losses.masked_fill(~chosen, 0.0), weights, shard["shot"][:, kept], chosen)
+
+
+def _add_up(losses: Tensor, weights: Tensor, shots: Tensor, chosen: Tensor) -> AnswerLosses:
+    """Losses [B, K] of kept positions, with their weights, shots and whether they are targets, added up."""
+    shots, own = shots[chosen], losses.detach()[chosen]
     buckets = torch.where(shots > 0, shots.clamp(min=1).double().log2().floor().long() + 1, 0).clamp(max=NUM_SHOT_BUCKETS - 1)
     zeros = torch.zeros(NUM_SHOT_BUCKETS, device=losses.device)
     return AnswerLosses(
         total=(losses * weights).sum(),
-        shot_sums=zeros.index_add(0, buckets, losses.detach()[chosen]),
-        shot_counts=zeros.index_add(0, buckets, torch.ones_like(losses.detach()[chosen])),
+        shot_sums=zeros.index_add(0, buckets, own),
+        shot_counts=zeros.index_add(0, buckets, torch.ones_like(own)),
     )
 
 
@@ -109,8 +169,8 @@ def _token_losses(model: nn.Module, batch: Batch, kept: Tensor, targets: Tensor,
     """Negative log-probability [B, K] of `targets`, fp32."""
     arguments = {"input_ids": batch["input_ids"], "use_cache": False, "logits_to_keep": kept}
     # transformers sees packed sequences from positions that restart; a row of one sequence without padding needs none, and
-    # takes the fast causal kernel.
-    if bool((batch["episode"] != batch["episode"][:, :1]).any()):
+    # takes the fast causal kernel. A shard does not start at 0.
+    if "episode" not in batch or bool((batch["episode"] != batch["episode"][:, :1]).any()):
         arguments["position_ids"] = batch["position_ids"]
     if not in_head:
         logits = model(**arguments).logits.float()

@@ -4,13 +4,16 @@
     line  = cell, value, demonstrations used, tokens, seconds, versions, and per query: id, score, gold and predicted label index
 
 No text of a task is recorded. Lines are appended whole and synced: a kill leaves at most one torn last line, which readers
-pass over and say so.
+pass over and say so. Processes that share an evaluation write a file each, and the last to finish makes them one.
 """
 
+import glob
 import gzip
+import hashlib
 import logging
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,13 +23,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyicl.errors import RecordsError
-from manyicl.files import storage_errors
+from manyicl.files import storage_errors, write_text_atomic
 from manyicl.metrics import mean_interval
 
 logger = logging.getLogger(__name__)
 
 Shots = int | Literal["max"]
 CellKey = tuple[str, str, str, str, Shots, int]
+_PART_NAME = re.compile(r"\.[0-9a-f]{8}-\d+-of-\d+\.(part|done|merging)$")
 
 
 class QueryScores(BaseModel):
@@ -100,7 +104,8 @@ class RecordWriter:
     """Appends records to a file, each on disk before the next is computed.
 
     Args:
-        path: A .jsonl file; a torn last line is cut off first. Its finished cells are in `finished`.
+        path: A .jsonl file; a torn last line is cut off first. Its finished cells are in `finished`. Files that processes have
+            left beside it are merged into it.
 
     Raises:
         RecordsError: the file holds broken records, or is a .gz file.
@@ -108,8 +113,13 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        if path.suffix == ".gz":
-            raise RecordsError(f"{path}: records are appended line by line, which a .gz file does not allow. Name a .jsonl file.")
+        _refuse_compressed(path)
+        if _parts_of(path):
+            logger.info("%s: taking in what processes have left beside it", path)
+            _merge_parts(path)
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
         self.path = path
         self.finished: dict[CellKey, EvaluationRecord] = {}
         with storage_errors(path):
@@ -155,6 +165,107 @@ class RecordWriter:
                 "or other settings. Choose another output file."
             )
         return record
+
+    def finish(self) -> bool:
+        """Whether the whole evaluation is in the output file, now that this process has done what it had to do."""
+        return True
+
+
+class SharedRecordWriter(RecordWriter):
+    """Appends the records of one of several processes to a file of its own; the last process to finish merges them.
+
+        records.jsonl.5f0c1a22-0-of-2.part       this process's own file, named .done when its share is finished
+        records.jsonl.5f0c1a22-1-of-2.done       all done: merged into records.jsonl, and removed
+
+    No process waits for another or writes its file, so that machines need share no more than a folder, and need not run at the
+    same time. Cells that stand in `output`, or in what a stopped evaluation has left beside it, are copied and not done again.
+
+    Args:
+        output: The .jsonl file that the records end in.
+        place: The number of this process, from 0, and how many there are.
+        request: Says what is evaluated. Files of another request are no sign that a share of this one is finished.
+
+    Raises:
+        RecordsError: a file holds broken records, or `output` is a .gz file.
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, output: Path, *, place: tuple[int, int], request: str) -> None:
+        _refuse_compressed(output)
+        self.output = output
+        self._rank, self._size = place
+        self._digest = hashlib.sha256(request.encode()).hexdigest()[:8]
+        own = self._own_file(self._rank, "part")
+        with storage_errors(own):
+            for mark in ("done", "merging"):  # Left by a process that was stopped before all were merged.
+                if self._own_file(self._rank, mark).is_file():
+                    self._own_file(self._rank, mark).replace(own)
+        self._elsewhere = {record.key: record for record in _read_all(output)}
+        self._open(own)
+
+    def _own_file(self, rank: int, mark: str) -> Path:
+        return self.output.with_name(f"{self.output.name}.{self._digest}-{rank}-of-{self._size}.{mark}")
+
+    def find(self, key: CellKey, fingerprint: str) -> EvaluationRecord | None:
+        """The finished record of a cell, if there is one in any of the files; it is then in this process's own too.
+
+        Raises:
+            RecordsError: there is one with another model, other examples or other settings.
+        """
+        is_own = key in self.finished
+        if not is_own and key in self._elsewhere:
+            self.finished[key] = self._elsewhere[key]
+        record = super().find(key, fingerprint)
+        if record is not None and not is_own:
+            self.append(record)
+        return record
+
+    def finish(self) -> bool:
+        """Mark this process's share as finished, and merge all of them if it is the last.
+
+        Returns:
+            Whether `output` holds the whole evaluation; false where others are still at work.
+
+        Raises:
+            RecordsError: two files contradict each other about a cell.
+        """
+        with storage_errors(self.path):
+            self.path.replace(self._own_file(self._rank, "done"))
+            if not all(self._own_file(rank, "done").is_file() for rank in range(self._size)):
+                return False
+            try:  # If two are last, one of them can rename the file.
+                self._own_file(0, "done").replace(self._own_file(0, "merging"))
+            except FileNotFoundError:
+                return False
+        _merge_parts(self.output)
+        return True
+
+
+def _refuse_compressed(path: Path) -> None:
+    if path.suffix == ".gz":
+        raise RecordsError(f"{path}: records are appended line by line, which a .gz file does not allow. Name a .jsonl file.")
+
+
+def _parts_of(output: Path) -> list[Path]:
+    """The files of processes beside `output`; the one whose name says that they are being merged comes last."""
+    found = [path for path in output.parent.glob(f"{glob.escape(output.name)}.*") if _PART_NAME.search(path.name)]
+    return sorted(found, key=lambda path: (path.suffix == ".merging", path.name))
+
+
+def _read_all(output: Path) -> list[EvaluationRecord]:
+    """The records of `output` and of what stands beside it."""
+    paths = [*_parts_of(output), output]  # In this order: a part that is merged meanwhile stands in `output` by then.
+    return merge_records(path for path in paths if path.is_file())
+
+
+def _merge_parts(output: Path) -> None:
+    """Make one file of `output` and what stands beside it: written in one step, before anything is removed."""
+    parts = _parts_of(output)
+    records = _read_all(output)
+    write_text_atomic(output, "".join(record.model_dump_json() + "\n" for record in records))
+    with storage_errors(output):
+        for path in parts:
+            path.unlink(missing_ok=True)
 
 
 def merge_records(paths: Iterable[Path]) -> list[EvaluationRecord]:

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from manyicl.accelerators import choose_kernels
+from manyicl.arguments import context_parallel_size, training_arguments
 from manyicl.checkpoints import list_checkpoints
 from manyicl.config import EpisodesConfig, Recipe
 from manyicl.encoding import Encoder
@@ -30,11 +31,13 @@ from manyicl.files import write_json_atomic, write_text_atomic
 from manyicl.forgetting import corpus_loss, read_corpus
 from manyicl.methods import Answer, InContext
 from manyicl.modeling import Dtype, Format, LoadedModel, add_lora, load_model, load_tokenizer, save_model
+from manyicl.objective import check_can_be_cut
 from manyicl.packing import Row, RowDataset, build_row
-from manyicl.records import EvaluationRecord, RecordWriter, Shots
+from manyicl.process_group import gather_from_processes, place_among_processes
+from manyicl.records import EvaluationRecord, RecordWriter, SharedRecordWriter, Shots, read_records
 from manyicl.tasks.readers import load_suite, load_task, read_examples, read_queries, task_of_examples
 from manyicl.tasks.task import Example, Role, Task, TaskSuite
-from manyicl.training import TrainingResult, prepare_for_training, train_model, training_arguments
+from manyicl.training import TrainingResult, WholeModel, prepare_for_training, to_tensors, train_model
 from manyicl.training_plan import check_training_memory
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         resume: Go on with the run in `recipe.output`; a run that is finished is left as it is.
 
     Raises:
-        RecipeError: the folder holds a run already, or (with `resume`) one of another recipe, model or data.
+        RecipeError: the folder holds a run already, or (with `resume`) one of another recipe, model or data; or processes were
+            not started with the same.
         UserInputError: the model, the tasks or the budget are wrong; nothing has been written.
     """
     output, training = Path(recipe.output), recipe.training
@@ -59,14 +63,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     suite = load_suite(recipe.tasks)
     tasks = _training_tasks(recipe, suite)
     facts = _run_facts(recipe, tasks, suite.select("validation") if validate else ())
+    is_finished = (output / "summary.json").is_file()
+    asked = recipe.model_dump(mode="json") | {"--resume": resume}
+    _check_agreement(asked | {"finished": is_finished, "examples": facts["data"]})
     if is_main:
         _check_folder(output, recipe, facts, resume=resume)
-    if (output / "summary.json").is_file():
+    if is_finished:
         logger.info("%s is finished; nothing to do", output)
         return _read_result(output)
     dtype: Dtype = "float32" if training.tune == "full" else training.dtype
     loaded = load_model(recipe.model, dtype=dtype, rope_scaling=recipe.rope_scaling)
     facts["model"] = {"name": recipe.model, "note": loaded.note, "fingerprint": loaded.fingerprint}
+    _check_agreement({"files of the model": loaded.fingerprint})
     _check_positions(recipe, loaded)
     encoder = Encoder(loaded.tokenizer, format=recipe.episodes.format)
     num_rows = training.num_steps * training.rows_per_step
@@ -78,17 +86,39 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         device=arguments.device,
         num_processes=arguments.world_size,
     )
+    kernels = choose_kernels(training)
+    if context_parallel_size(training) > 1:
+        check_can_be_cut(to_tensors([dataset[0]]), recipe.objective)
+        kernels = replace(kernels, attention="sdpa")  # The one that torch makes a ring of.
     validation = _validation_rows(recipe, suite, encoder)
     model = loaded.model if training.tune == "full" else add_lora(loaded.model, training.lora, seed=recipe.seed)
-    prepare_for_training(model, choose_kernels(training))
+    prepare_for_training(model, kernels)
     if is_main:
         _write_start(output, recipe, facts)
     result = train_model(model, dataset, arguments=arguments, objective=recipe.objective, validation=validation, resume=resume)
     if is_main:
-        save_model(model, loaded.tokenizer, output, base=recipe.model, note=loaded.note, format=recipe.episodes.format)
+        whole = model if result.weights is None else WholeModel(model, result.weights)
+        save_model(whole, loaded.tokenizer, output, base=recipe.model, note=loaded.note, format=recipe.episodes.format)
         rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
-        write_json_atomic(output / "summary.json", asdict(result) | rates | {"note": loaded.note})
+        summary = {name: value for name, value in asdict(replace(result, weights=None)).items() if name != "weights"}
+        write_json_atomic(output / "summary.json", summary | rates | {"note": loaded.note})
     return result
+
+
+def _check_agreement(facts: dict[str, Any]) -> None:
+    """Whether every process was started with the same; each must come here.
+
+    Raises:
+        RecipeError: one was not; names what differs, in all of them.
+    """
+    first, *others = gather_from_processes(facts)
+    for number, other in enumerate(others, 1):
+        differing = _differences(first, other)
+        if differing:
+            raise RecipeError(
+                f"process {number} was not started with the same as process 0 ({'; '.join(differing)}; on the left process 0). "
+                "Give all of them the same recipe and options, and the same files, or a folder that they share."
+            )
 
 
 def _check_rows(dataset: RowDataset) -> int:
@@ -169,6 +199,7 @@ def _run_facts(recipe: Recipe, tasks: Sequence[Task], validation: Sequence[Task]
     return {
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
+        "processes": place_among_processes()[1],
         "data": {task.name: task.fingerprint() for task in (*tasks, *validation)},
     }
 
@@ -188,7 +219,7 @@ def _check_folder(output: Path, recipe: Recipe, facts: dict[str, Any], *, resume
         raise RecipeError(f"{output}: holds a run already. Go on with it (--resume, or resume=True), or choose another output.")
     before = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
     now = recipe.model_dump(mode="json")
-    differing = _differences(before, now)
+    differing = _differences(before | {"output": None}, now | {"output": None})
     if differing:
         raise RecipeError(
             f"{output}: was started with another recipe ({'; '.join(differing)}). Use that recipe, or another output."
@@ -199,14 +230,14 @@ def _check_folder(output: Path, recipe: Recipe, facts: dict[str, Any], *, resume
         raise RecipeError(
             f"{output}: the examples of {', '.join(changed)} have changed since the run was started. Choose another output."
         )
-    for name in ("versions", "threads"):
-        if known[name] != facts[name]:
+    for name in ("versions", "threads", "processes"):
+        if known.get(name, 1) != facts[name]:  # Runs of 0.1.0 before processes were recorded.
             logger.warning(
                 "%s was started with %s %s and goes on with %s: its weights will differ in the last digits from those of an "
                 "uninterrupted run",
                 output,
                 name,
-                known[name],
+                known.get(name, 1),
                 facts[name],
             )
 
@@ -218,7 +249,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{where}{key}.")
-        elif old != new and where + key != "output":
+        elif old != new:
             found.append(f"{where}{key}: {old} -> {new}")
     return sorted(found)
 
@@ -261,8 +292,13 @@ class EvaluationRequest:
     format: str | None = None
 
 
-def evaluate_models(request: EvaluationRequest, output: Path) -> list[EvaluationRecord]:
+def evaluate_models(request: EvaluationRequest, output: Path) -> list[EvaluationRecord] | None:
     """Evaluate models one after the other and return all records asked for; finished cells are read from `output`.
+
+    Started by torchrun, or several times with RANK and WORLD_SIZE set, processes share out the cells (model, task, seed).
+
+    Returns:
+        None in a process that has finished its share while others are at work; the last to finish has all records.
 
     Raises:
         UserInputError: a task, a role or a model is wrong, or `output` holds other results of these cells.
@@ -270,12 +306,17 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
     suite = load_suite(request.tasks)
     tasks = _chosen_tasks(suite, request)
     _check_format(request.format)
+    rank, num_processes = place_among_processes()
+    cells = [
+        (name, task.name, seed) for name in dict.fromkeys(request.models) for task in tasks for seed in range(request.num_seeds)
+    ]
+    own = cells[rank::num_processes]
     writer: RecordWriter | None = None
     records: list[EvaluationRecord] = []
-    for name in dict.fromkeys(request.models):
+    for name in dict.fromkeys(name for name, _, _ in own):
         loaded = load_model(name)
         method = InContext(_open_engine(loaded, request.format, request.context_tokens))
-        writer = writer or RecordWriter(output)  # Only now, so that a wrong model leaves no file behind.
+        writer = writer or _open_writer(request, tasks, output)  # Only now, so that a wrong model leaves no file behind.
         plan = Plan(
             shots=request.shots,
             num_seeds=request.num_seeds,
@@ -285,8 +326,24 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
             versions=tuple(library_versions().items()),
         )
         for task in tasks:
-            records += evaluate_task(method, task, suite.role(task.name), plan=plan, writer=writer)
-    return records
+            seeds = [seed for seed in range(request.num_seeds) if (name, task.name, seed) in own]
+            records += evaluate_task(method, task, suite.role(task.name), plan=plan, writer=writer, seeds=seeds)
+    writer = writer or _open_writer(request, tasks, output)
+    if not writer.finish():
+        logger.info("process %d of %d has finished its share; the last to finish writes %s", rank, num_processes, output)
+        return None
+    if num_processes == 1:
+        return records
+    asked = set(cells)
+    found = read_records(output)
+    return [record for record in found if (record.model, record.task, record.seed) in asked and record.shots in request.shots]
+
+
+def _open_writer(request: EvaluationRequest, tasks: Sequence[Task], output: Path) -> RecordWriter:
+    place = place_among_processes()
+    if place[1] == 1:
+        return RecordWriter(output)
+    return SharedRecordWriter(output, place=place, request=f"{request} {[task.fingerprint() for task in tasks]}")
 
 
 def predict(

@@ -3,68 +3,48 @@
 In: a model (LoRA-wrapped or whole), a dataset of rows, and two sections of a recipe. Out: the trained model in place, and a
 `TrainingResult`. The same call with `resume=True` after a SIGKILL gives bit-identical weights, given the same threads and
 library versions. Started by torchrun, every process calls it with the same arguments; row i is fed once, whatever their
-number, and only the main process writes checkpoints.
+number, and only the main process writes checkpoints. Where processes hold shards of the model (FSDP, DeepSpeed), the result
+carries its whole weights to the main process.
 """
 
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
-from inspect import signature
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from manyicl.accelerators import OWN_KERNELS, Kernels, choose_kernels, use_attention
+from manyicl.accelerators import OWN_KERNELS, Kernels, use_attention
 from manyicl.activations import keep_fewer_activations
+from manyicl.arguments import training_arguments as training_arguments
 from manyicl.checkpoints import drop_old_checkpoints, newest_whole_checkpoint, seal_checkpoint
-from manyicl.config import ObjectiveConfig, TrainingConfig
+from manyicl.config import ObjectiveConfig
 from manyicl.errors import CheckpointError, ManyICLError, RecipeError
 from manyicl.files import storage_errors, write_json_atomic
-from manyicl.modeling import bars_on_terminals_only, resolve_dtype
-from manyicl.objective import NUM_SHOT_BUCKETS, answer_losses, count_units, head_can_return_losses, shot_bucket_names
+from manyicl.modeling import bars_on_terminals_only
+from manyicl.objective import (
+    NUM_SHOT_BUCKETS,
+    answer_losses,
+    count_units,
+    head_can_return_losses,
+    shard_losses,
+    shift_targets,
+    shot_bucket_names,
+)
 from manyicl.packing import Row, RowDataset, collate
+from manyicl.process_group import gather_from_processes, gather_weights, naming_lost_processes
 
 logger = logging.getLogger(__name__)
-
-# Options of TrainingArguments that a recipe sets by a key of its own; `training.trainer` may not contradict it.
-_RECIPE_KEYS = {
-    "output_dir": "output",
-    "seed": "seed",
-    "max_steps": "training.num_steps",
-    "num_train_epochs": "training.num_steps",
-    "per_device_train_batch_size": "training.rows_per_device",
-    "gradient_accumulation_steps": "training.rows_per_step",
-    "learning_rate": "training.learning_rate",
-    "warmup_steps": "training.warmup_ratio",
-    "lr_scheduler_type": "training.schedule",
-    "weight_decay": "training.weight_decay",
-    "max_grad_norm": "training.max_grad_norm",
-    "activation_checkpointing": "training.gradient_checkpointing",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "bf16": "training.dtype",
-    "fp16": "training.dtype",
-    "logging_steps": "training.log_every",
-    "save_steps": "training.save_every",
-    "eval_steps": "training.save_every",
-    "eval_strategy": "training.validate_checkpoints",
-    "load_best_model_at_end": "training.validate_checkpoints",
-    "report_to": "training.report_to",
-    "use_liger_kernel": "training.kernels",
-    "liger_kernel_config": "training.kernels",
-}
-# Options that would let --resume go on with other weights than an uninterrupted run has.
-_BREAK_RESUMING = ("save_only_model", "ignore_data_skip")
 
 
 @dataclass
@@ -88,6 +68,7 @@ class TrainingResult:
         best_step: Update whose weights were kept, when checkpoints were validated; else the last.
         losses: Logged (update, loss) pairs.
         validation_losses: (update, loss) pairs of the checkpoints, when they were validated.
+        weights: Whole weights by name, in the main process, where processes hold shards; None where the model holds them.
     """
 
     updates: int
@@ -98,6 +79,7 @@ class TrainingResult:
     best_step: int
     losses: list[tuple[int, float]] = field(default_factory=list)
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -108,6 +90,19 @@ class TrainingResult:
     def answers_per_second(self) -> float:
         """Answers per second of updates."""
         return self.answers / self.seconds if self.seconds else 0.0
+
+
+class WholeModel:
+    """A model of which processes hold shards, as `modeling.save_model` takes it: with its whole weights beside it."""
+
+    def __init__(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
+        self.model = model
+        self.weights = weights
+        self.config = getattr(model, "config", None)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write config and weights; in the main process alone."""
+        self.model.save_pretrained(folder, state_dict=dict(self.weights))
 
 
 class ManyShotTrainer(Trainer):
@@ -130,7 +125,7 @@ class ManyShotTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Units of the optimizer step, over accumulated batches and processes; transformers would count labels."""
         units = sum((count_units(batch, self.objective) for batch in batch_samples), torch.zeros((), dtype=torch.long))
-        return self._sum_over_processes(units.to(device))
+        return self._sum_over_rows(units.to(device))
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of each process's values; every process must come here."""
@@ -139,20 +134,42 @@ class ManyShotTrainer(Trainer):
         gathered: torch.Tensor = self.accelerator.gather(values.unsqueeze(0))
         return gathered.sum(dim=0)
 
+    def _sum_over_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of counts of whole rows, which processes that share a row between them all count."""
+        return self._sum_over_processes(values) // int(self.get_cp_size())
+
     def total_progress(self) -> Progress:
         """Progress of all processes together; every process must come here."""
-        counts = self._sum_over_processes(torch.tensor([self.progress.tokens, self.progress.answers], device=self.args.device))
+        counts = self._sum_over_rows(torch.tensor([self.progress.tokens, self.progress.answers], device=self.args.device))
         return Progress(int(counts[0]), int(counts[1]), self.progress.seconds)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The batch's share of the step's mean loss; DDP averages gradients over processes, hence the factor."""
-        losses = answer_losses(model, inputs, self.objective, in_head=self.in_head)
+        """The batch's share of the step's mean loss; DDP and FSDP average gradients over processes, hence the factor."""
+        if "target" in inputs:
+            losses = shard_losses(model, inputs, in_head=self.in_head)
+        else:
+            losses = answer_losses(model, inputs, self.objective, in_head=self.in_head)
         self._shot_sums += losses.shot_sums.cpu()
         self._shot_counts += losses.shot_counts.cpu()
         share: torch.Tensor = losses.total / num_items_in_batch * self.args.world_size
         return share
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The batch with targets beside its tokens, and the context in which both are cut into shards.
+
+        In place of transformers' own, which shifts labels that our rows do not have. Ring attention needs rows of a multiple of
+        twice as many tokens as processes share them. Not run here: it needs GPUs.
+        """
+        num_sharing = int(self.get_cp_size())
+        if num_sharing == 1:
+            return nullcontext, inputs
+        shifted = shift_targets(self._prepare_inputs(inputs), self.objective, multiple=2 * num_sharing)
+        buffers = list(shifted.values())
+        dimensions = [1] * len(buffers)
+        cut = self.accelerator.maybe_context_parallel
+        return partial(cut, buffers=buffers, buffer_seq_dims=dimensions, no_restore_buffers=set(buffers)), shifted
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, counted."""
@@ -166,6 +183,8 @@ class ManyShotTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradients' norm, looked at before the update: gradients that are not finite never reach the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        if hasattr(norm, "full_tensor"):  # Of sharded weights; each process's own part of it is no norm.
+            norm = norm.full_tensor()
         self._stop_unless_finite("gradient norm", float(norm))
         return norm
 
@@ -282,6 +301,7 @@ def _logged(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, flo
     return [(int(entry["step"]), float(entry[name])) for entry in history if name in entry]
 
 
+@naming_lost_processes()
 def train_model(
     model: torch.nn.Module,
     dataset: RowDataset,
@@ -310,6 +330,7 @@ def train_model(
         eval_dataset=validation,
         data_collator=to_tensors,
     )
+    _check_rows_per_step(trainer, len(dataset))
     for shown_raw in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_raw)
     trainer.add_callback(_Bar() if sys.stderr.isatty() else _PlainLines())
@@ -318,6 +339,12 @@ def train_model(
     if resume:
         with arguments.main_process_first(local=False):  # Broken checkpoints are removed, which one process must do alone.
             checkpoint = newest_whole_checkpoint(Path(str(arguments.output_dir)))
+        names = gather_from_processes(checkpoint.name if checkpoint else "none")
+        if len(set(names)) > 1:
+            raise CheckpointError(
+                f"{arguments.output_dir}: the processes find different checkpoints to go on from ({', '.join(names)}). "
+                "Give an output folder that all machines share."
+            )
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
         if arguments.process_index == 0:
@@ -335,7 +362,28 @@ def train_model(
         best_step=int(state.best_global_step or 0) if kept_best else state.global_step,
         losses=_logged(state.log_history, "loss"),
         validation_losses=_logged(state.log_history, "eval_loss"),
+        weights=_whole_weights(trainer),
     )
+
+
+def _check_rows_per_step(trainer: ManyShotTrainer, num_rows: int) -> None:
+    """Whether all processes that Accelerate found feed the recipe's rows, neither more nor fewer."""
+    arguments = trainer.args
+    planned, fed = num_rows // arguments.max_steps, trainer.get_total_train_batch_size(arguments)
+    if arguments.world_size > 1 and fed != planned:
+        raise RecipeError(
+            f"{arguments.world_size} processes would feed {fed} rows in an update, and training.rows_per_step = {planned}. Start "
+            "them with torchrun, or set RANK and WORLD_SIZE; a parallelism is chosen under training.trainer alone."
+        )
+
+
+def _whole_weights(trainer: ManyShotTrainer) -> dict[str, torch.Tensor] | None:
+    """Weights that no process holds whole, in the main one; every process must come here."""
+    model: Any = trainer.model
+    weights = gather_weights(model, trained_only=hasattr(model, "peft_config"))
+    if weights is None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return weights
 
 
 def prepare_for_training(model: Any, kernels: Kernels = OWN_KERNELS) -> None:
@@ -347,95 +395,3 @@ def prepare_for_training(model: Any, kernels: Kernels = OWN_KERNELS) -> None:
         return
     use_attention(model, kernels)
     keep_fewer_activations(model)
-
-
-def leave_processes() -> None:
-    """End the process group that training has joined, if any; a process that exits without may abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def training_arguments(training: TrainingConfig, folder: Path, *, seed: int, validate: bool) -> TrainingArguments:
-    """TrainingArguments of a recipe's section, extended by its `trainer` mapping; joins the processes that torchrun started.
-
-    Args:
-        folder: Where checkpoints go; nothing is written yet.
-        validate: Whether there are validation rows, which choose the checkpoint that is kept.
-
-    Raises:
-        RecipeError: an option is unknown or set twice, a value is refused, or the rows of a step cannot be shared out.
-        ModelError: the processor lacks the dtype.
-    """
-    known = signature(TrainingArguments).parameters
-    for name in training.trainer:
-        if name not in known:
-            nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"training.trainer: TrainingArguments has no {name!r}; the nearest is {nearest!r}.")
-        if name in _BREAK_RESUMING:
-            raise RecipeError(f"training.trainer sets {name!r}, with which a run could not be resumed exactly. Leave it out.")
-        if name in _RECIPE_KEYS:
-            raise RecipeError(f"training.trainer sets {name!r}, for which a recipe has a key of its own: {_RECIPE_KEYS[name]}.")
-    try:
-        callbacks = get_reporting_integration_callbacks(training.report_to)
-        for callback in callbacks:
-            callback()
-        arguments = TrainingArguments(**_argument_values(training, folder, seed, validate=validate), **training.trainer)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise RecipeError(f"training: {error} Correct the recipe, or install what is missing.") from error
-    if arguments.n_gpu > 1:
-        raise RecipeError(
-            f"{arguments.n_gpu} GPUs are visible to one process. Start one process each (torchrun --nproc-per-node "
-            f"{arguments.n_gpu}), or show one with CUDA_VISIBLE_DEVICES=0."
-        )
-    return arguments
-
-
-def _argument_values(training: TrainingConfig, folder: Path, seed: int, *, validate: bool) -> dict[str, Any]:
-    """What a recipe's section says, in the words of TrainingArguments."""
-    # transformers renamed the option after 5.19 and warns about the old name, which can go with support for 5.19.
-    renamed = "activation_checkpointing" in signature(TrainingArguments).parameters
-    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    return {
-        "output_dir": str(folder),
-        "max_steps": training.num_steps,
-        "per_device_train_batch_size": training.rows_per_device,
-        "gradient_accumulation_steps": _passes_per_step(training),
-        "learning_rate": training.learning_rate,
-        "warmup_steps": round(training.warmup_ratio * training.num_steps),
-        "lr_scheduler_type": training.schedule,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        checkpointing: training.gradient_checkpointing,
-        # Whole weights stay fp32 and are cast in each pass; a LoRA base is loaded in its type.
-        "bf16": training.tune == "full" and resolve_dtype(training.dtype) is torch.bfloat16,
-        "logging_steps": training.log_every,
-        "save_strategy": "steps",
-        "save_steps": training.save_every,
-        "eval_strategy": "steps" if validate else "no",
-        "eval_steps": training.save_every,
-        "load_best_model_at_end": validate,
-        "metric_for_best_model": "eval_loss" if validate else None,
-        "greater_is_better": False if validate else None,
-        "remove_unused_columns": False,
-        "report_to": training.report_to or "none",
-        "seed": seed,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    } | choose_kernels(training).trainer_options()
-
-
-def _passes_per_step(training: TrainingConfig) -> int:
-    """Forward passes of one process in an optimizer update.
-
-    Raises:
-        RecipeError: the rows of an update are no multiple of those that all processes feed at once.
-    """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # As torchrun and accelerate say it.
-    rows_at_once = training.rows_per_device * num_processes
-    if training.rows_per_step % rows_at_once:
-        raise RecipeError(
-            f"training.rows_per_step = {training.rows_per_step} is no multiple of {rows_at_once}, the rows that {num_processes} "
-            f"process(es) of training.rows_per_device = {training.rows_per_device} feed at once. Change one of them."
-        )
-    return training.rows_per_step // rows_at_once

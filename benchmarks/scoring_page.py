@@ -41,7 +41,15 @@ def figure_lines(figures: dict[str, float | None]) -> list[str]:
     """The stated figures, absent ones named."""
     lines = ["| figure | value |", "|---|---:|"]
     for name, value in figures.items():
-        shown = "not measured" if value is None else f"{100 * value:.0f}%" if name.startswith("share") else f"{value:.3g}"
+        shown = (
+            "not measured"
+            if value is None
+            else f"{100 * value:.0f}%"
+            if name.startswith("share")
+            else f"{value:,.0f}"
+            if value >= 100
+            else f"{value:.1f}"
+        )
         lines.append(f"| {name} | {shown} |")
     return lines
 
@@ -73,6 +81,9 @@ def agreement_lines(result: dict[str, Any], agreement: dict[str, Any]) -> list[s
         ours, control = (f"{100 * total / asked:.1f}%" for total in totals.values())
         lines.append(f"| {model} | all | | {asked} | {ours} | | | {control} | | |")
     lines += [
+        "",
+        "Where two labels are this close, bf16 decides between them, in transformers against itself too. In the cells above the best",
+        "label is that of each peer that scores labels, for every query that was compared; vLLM's constrained choice is another method:",
         "",
         "| peer | cells | queries | same best label, least | largest difference of a log-probability |",
         "|---|---:|---:|---:|---:|",

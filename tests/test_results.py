@@ -92,6 +92,8 @@ def test_the_page_on_scores_is_made_from_its_file() -> None:
         figures, read_figures("agreement")
     )
     assert all(value is not None for value in figures["figures"].values())
+    exact = [figures["agreement"][peer] for peer in ("transformers", "lm_eval", "vllm_scores")]
+    assert {cell["same_best_label"] for cells in exact for cell in cells.values()} == {1.0}
 
 
 def test_the_page_on_training_is_made_from_its_files() -> None:

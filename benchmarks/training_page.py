@@ -140,13 +140,17 @@ def page(speed: dict[str, Any], changes: dict[str, Any], objectives: dict[str, A
     )
 
 
+def read_page(folder: Path) -> str:
+    """The page of the figures in a folder; without objectives.json it has no section on them."""
+    paths = [folder / f"{name}.json" for name in ("training-speed", "training-changes", "objectives")]
+    speed, changes, objectives = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
+    return page(speed, changes, objectives)
+
+
 def main() -> None:
     """Write the page beside the figures."""
     folder = Path(sys.argv[1])
-    names = ("training-speed", "training-changes", "objectives")
-    paths = [folder / f"{name}.json" for name in names]
-    speed, changes, objectives = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
-    write_text_atomic(folder / "training-speed.md", page(speed, changes, objectives))
+    write_text_atomic(folder / "training-speed.md", read_page(folder))
 
 
 if __name__ == "__main__":

@@ -97,8 +97,21 @@ def test_the_page_on_scores_is_made_from_its_file() -> None:
 
 
 def test_the_page_on_training_is_made_from_its_files() -> None:
-    page = load_benchmark("training_page").page(*map(read_figures, ("training-speed", "training-changes", "objectives")))
+    page = load_benchmark("training_page").read_page(RESULTS)
     assert (RESULTS / "training-speed.md").read_text(encoding="utf-8") == page
+
+
+def test_the_page_on_selection_shows_the_figures_of_its_file() -> None:
+    page = (ROOT / "docs" / "how-to" / "more-examples-than-fit.md").read_text(encoding="utf-8")
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in read_figures("selection")["results"]:
+        cells.setdefault((row["task"], row["demonstrations"]), {})[row["selection"]] = row
+    for (task, demonstrations), found in cells.items():
+        rows = [found[name] for name in ("random", "hybrid", "nearest")]
+        values = " | ".join(f"{100 * row['value']:.1f}" for row in rows)
+        times = " | ".join(f"{row['milliseconds_per_query']:.0f}" for row in rows)
+        assert f"| {task} | {rows[0]['metric']} | {demonstrations} | {values} | {times} |" in page
+    assert len(cells) == 6
 
 
 def test_the_readme_shows_the_speed_of_the_files() -> None:

@@ -9,6 +9,7 @@ from manyicl.process_group import (
     gather_from_processes,
     gather_weights,
     join_processes,
+    launch_name,
     leave_processes,
     naming_lost_processes,
     place_among_processes,
@@ -43,6 +44,17 @@ def test_a_place_that_is_none_is_refused(place, rank, size):
     place(rank, size)
     with pytest.raises(UserInputError, match=r"which is no place among processes\. Start them with torchrun"):
         place_among_processes()
+
+
+def test_processes_of_one_launch_have_its_name(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch_name() == ""
+    monkeypatch.setenv("MASTER_ADDR", "node")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert launch_name() == "node/29500"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert launch_name() == "job/node/29500"
 
 
 def test_a_process_alone_waits_for_none(place):

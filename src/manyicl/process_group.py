@@ -38,6 +38,11 @@ def place_among_processes() -> tuple[int, int]:
     return int(rank), int(size)
 
 
+def launch_name() -> str:
+    """Text that processes started by one torchrun have in common, and no others; empty for those started one by one."""
+    return "/".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")).strip("/")
+
+
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
     """Turn a failure to reach the other processes inside the block into an error that says so; also a decorator."""

@@ -33,7 +33,7 @@ from manyicl.methods import Answer, InContext
 from manyicl.modeling import Dtype, Format, LoadedModel, add_lora, load_model, load_tokenizer, save_model
 from manyicl.objective import check_can_be_cut
 from manyicl.packing import Row, RowDataset, build_row
-from manyicl.process_group import gather_from_processes, place_among_processes
+from manyicl.process_group import gather_from_processes, launch_name, place_among_processes
 from manyicl.records import EvaluationRecord, RecordWriter, SharedRecordWriter, Shots, read_records
 from manyicl.tasks.readers import load_suite, load_task, read_examples, read_queries, task_of_examples
 from manyicl.tasks.task import Example, Role, Task, TaskSuite
@@ -89,7 +89,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     kernels = choose_kernels(training)
     if context_parallel_size(training) > 1:
         check_can_be_cut(to_tensors([dataset[0]]), recipe.objective)
-        kernels = replace(kernels, attention="sdpa")  # The one that torch makes a ring of.
+        kernels = replace(kernels, attention=kernels.attention and "sdpa")  # The one that torch makes a ring of.
     validation = _validation_rows(recipe, suite, encoder)
     model = loaded.model if training.tune == "full" else add_lora(loaded.model, training.lora, seed=recipe.seed)
     prepare_for_training(model, kernels)
@@ -343,7 +343,9 @@ def _open_writer(request: EvaluationRequest, tasks: Sequence[Task], output: Path
     place = place_among_processes()
     if place[1] == 1:
         return RecordWriter(output)
-    return SharedRecordWriter(output, place=place, request=f"{request} {[task.fingerprint() for task in tasks]}")
+    # With the launch, as a share that an earlier one finished is being gone through again by a process of this one.
+    asked = f"{request} {[task.fingerprint() for task in tasks]} {launch_name()}"
+    return SharedRecordWriter(output, place=place, request=asked)
 
 
 def predict(

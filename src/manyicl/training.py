@@ -183,8 +183,6 @@ class ManyShotTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradients' norm, looked at before the update: gradients that are not finite never reach the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        if hasattr(norm, "full_tensor"):  # Of sharded weights; each process's own part of it is no norm.
-            norm = norm.full_tensor()
         self._stop_unless_finite("gradient norm", float(norm))
         return norm
 

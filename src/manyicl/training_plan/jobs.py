@@ -105,6 +105,14 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
+def read_layout(recipe: Recipe, num_devices: int) -> Layout:
+    """The layout that a recipe asks of transformers, under `training.trainer`: fsdp, deepspeed, parallelism_config."""
+    trainer = recipe.training.trainer
+    sizes = trainer.get("parallelism_config")
+    context_parallel = int(sizes.get("cp_size") or 1) if isinstance(sizes, dict) else 1
+    return Layout(num_devices, bool(trainer.get("fsdp") or trainer.get("deepspeed")), context_parallel)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
     """A recipe on a model, in a dtype and a layout; its properties say what follows for one device."""

@@ -10,6 +10,7 @@ The peak is the largest of three moments (bytes; the base of LoRA has e bytes a 
         states (2C) and norms (2C), query and output (2HD), key and value (2KD), gate, up and their product (3I), x Aᵀ of
         seven adapters (7r), log-sum-exp (4H); an input that no adapter reads is not kept
     a layer keeps of a token, full   16C + 5eC + e · (2HD + 2KD + 3I) + 4H        (in fp32 8C in place of 5eC)
+    with training.kernels none       LoRA: 8C + e · (2HD + 2KD + 3I) + 4H, and 4 · (inputs + r) for each adapter; full: eI more
     gradient checkpointing           C numbers a layer and token, and one layer's of the above in the second moment
     logits                           12 · V · positions of a chunk, 512 at most: three fp32 matrices
     work of one layer                6eI a token: the backward pass of the gated layer
@@ -39,7 +40,7 @@ from manyicl.config import Recipe
 from manyicl.errors import ModelError
 from manyicl.modeling import resolve_dtype
 from manyicl.objective import CHUNK_POSITIONS
-from manyicl.training_plan.jobs import MASTER_BYTES, Layout, TrainingJob, read_decoder
+from manyicl.training_plan.jobs import MASTER_BYTES, TrainingJob, read_decoder, read_layout
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +119,12 @@ def _layer_bytes(job: TrainingJob) -> int:
     kept = size * (2 * heads + 2 * keys) + 4 * shape.num_heads
     kept += size * tokens if job.has_mask else 0
     kept += 8 * shape.num_heads * tokens if job.decoder.keeps_scores else 0
+    is_lean = job.recipe.training.kernels != "none"
     if job.is_full:
         inputs = 8 * hidden if size == MASTER_BYTES else 5 * size * hidden
-        return kept + 16 * hidden + inputs + 3 * size * inner
-    return kept + size * (2 * hidden + 2 * inner) + _adapter_bytes(job)
+        return kept + 16 * hidden + inputs + (3 if is_lean else 4) * size * inner
+    states = size * (2 * hidden + 2 * inner) if is_lean else 8 * hidden + 3 * size * inner
+    return kept + states + _adapter_bytes(job)
 
 
 def _adapter_bytes(job: TrainingJob) -> int:
@@ -129,6 +132,8 @@ def _adapter_bytes(job: TrainingJob) -> int:
     shape, size, lora, adapted = job.decoder.shape, job.dtype.itemsize, job.recipe.training.lora, job.adapted
     if lora.dropout:  # PEFT's own layer: an fp32 copy of its input after dropout, the dropout's mask, and x Aᵀ in fp32.
         return MASTER_BYTES * sum(2 * size_in + lora.rank for size_in, _ in adapted.values())
+    if job.recipe.training.kernels == "none" and size < MASTER_BYTES:
+        return MASTER_BYTES * sum(size_in + lora.rank for size_in, _ in adapted.values())
     norms = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
     inputs = shape.hidden_size * sum(not adapted.keys().isdisjoint(readers) for readers in norms)
     inputs += shape.inner_size if "down_proj" in adapted else 0
@@ -190,7 +195,7 @@ def check_training_memory(recipe: Recipe, config: Any, *, row_tokens: int, devic
         logger.info("the memory of training is not forecast: %s", error)
         return
     is_cpu = device.type == "cpu"
-    layout = Layout(num_processes, is_sharded=bool(recipe.training.trainer.get("fsdp")))
+    layout = read_layout(recipe, num_processes)
     job = TrainingJob(recipe, decoder, resolve_dtype(recipe.training.dtype), layout, on_cpu=is_cpu)
     job = job.changed("episodes", max_tokens=row_tokens)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_cpu else 1  # As torchrun says it.

@@ -2,15 +2,15 @@
 
 Operations of an update are floating-point multiplications and additions, each counted:
 
-    linear       4W a token (6W where all weights are trained), and 4 or 6 · C · V a target
-    adapters     6 a weight and token
+    linear       4W a token (6W where all weights are trained), 4 or 6 · C · V a target, 6 a weight of adapters and token
     attention    6 · T² · H · D a row and layer, the causal half alone
 
 What is computed again (layers under gradient checkpointing, chunks of logits) is counted in the time and not among the
 operations that are needed. Time is operations over the device's matrix rate, times the share of it that is reached. For GPUs
 rates and sizes are published ones and the share is an assumption. A processor's rate is measured when the plan is made, in half
-a second, at the model's own linear layers; the shares were measured once (benchmarks/planning.py) and hold for processors with
-bf16 instructions. Transfers between devices, reading and tokenising count as nothing.
+a second, at the model's own linear layers; the shares were measured once (benchmarks/planning.py), on the default model with our
+kernels. That rate is no upper bound: shares over 100% say that a kernel is faster than small matrix products are. Transfers
+between devices, reading and tokenising count as nothing.
 
 Letters: W weights of the linear layers, C hidden size, V vocabulary, T tokens of a row, H heads, D head size.
 """
@@ -30,7 +30,16 @@ from manyicl.errors import UserInputError
 from manyicl.modeling import load_config, resolve_dtype
 from manyicl.objective import CHUNK_POSITIONS
 from manyicl.planning import show_bytes
-from manyicl.training_plan.jobs import ONE_DEVICE, PUBLISHED, TARGET_SHARE, Decoder, Layout, TrainingJob, read_decoder
+from manyicl.training_plan.jobs import (
+    ONE_DEVICE,
+    PUBLISHED,
+    TARGET_SHARE,
+    Decoder,
+    Layout,
+    TrainingJob,
+    read_decoder,
+    read_layout,
+)
 from manyicl.training_plan.memory import MemoryParts, forecast_memory, peak_bytes, suggest_changes
 
 _MEASURED_SECONDS = 0.5
@@ -43,20 +52,20 @@ class Shares:
     """Shares of a device's matrix rate that training reaches, by kind of work.
 
     Attributes:
-        linear: Products with the model's own matrices; the element-wise work between them is counted with it.
-        adapters: Products with low-rank matrices, which are thin.
+        linear: Products with matrices of the model and of adapters; the element-wise work between them is counted with it.
         attention: The causal half of the attention.
         masked: The whole square of the attention, under a mask.
+        repeated: Forward passes made again in the backward pass, under gradient checkpointing.
     """
 
     linear: float
-    adapters: float
     attention: float
     masked: float
+    repeated: float
 
 
-GPU_SHARES = Shares(linear=0.4, adapters=0.4, attention=0.4, masked=0.4)
-CPU_SHARES = Shares(linear=0.6, adapters=0.2, attention=0.5, masked=0.2)
+GPU_SHARES = Shares(linear=0.4, attention=0.4, masked=0.4, repeated=0.4)
+CPU_SHARES = Shares(linear=0.52, attention=1.05, masked=0.23, repeated=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +148,13 @@ def plan_recipe(recipe: Recipe, request: PlanRequest) -> TrainingPlan:
     if request.shape is not None:
         decoder = _choose(request.shape, PUBLISHED, "shape")
     else:
-        decoder = read_decoder(recipe.model, load_config(recipe.model))
+        decoder = read_decoder(recipe.model, load_config(recipe.model, rope_scaling=recipe.rope_scaling))
     dtype = torch.float32 if recipe.training.dtype == "float32" else torch.bfloat16
     dtype = resolve_dtype(recipe.training.dtype) if device is None else dtype
-    job = TrainingJob(recipe, decoder, dtype, request.layout, request.target_share, on_cpu=device is None)
+    asked, own = request.layout, read_layout(recipe, request.layout.num_devices)
+    shared = asked.context_parallel if asked.context_parallel > 1 else own.context_parallel
+    layout = Layout(asked.num_devices, asked.is_sharded or own.is_sharded, shared)
+    job = TrainingJob(recipe, decoder, dtype, layout, request.target_share, on_cpu=device is None)
     chosen = _measure_processor(decoder, dtype) if device is None else device
     if request.price_per_hour is not None:
         chosen = replace(chosen, price_per_hour=request.price_per_hour)
@@ -205,10 +217,9 @@ def needed_operations(job: TrainingJob) -> int:
 def _row_operations(job: TrainingJob) -> dict[str, int]:
     """Operations that forward and backward pass of one row need, by kind of work."""
     shape, tokens = job.decoder.shape, job.recipe.episodes.max_tokens
-    head = job.row_targets * shape.hidden_size * shape.vocabulary_size
+    base = tokens * job.decoder.num_linear_weights + job.row_targets * shape.hidden_size * shape.vocabulary_size
     return {
-        "linear": (6 if job.is_full else 4) * (tokens * job.decoder.num_linear_weights + head),
-        "adapters": 6 * tokens * job.num_adapter_weights,
+        "linear": (6 if job.is_full else 4) * base + 6 * tokens * job.num_adapter_weights,
         "attention": 6 * tokens * tokens * shape.num_layers * shape.num_heads * shape.head_size,
     }
 
@@ -220,8 +231,7 @@ def _repeated_operations(job: TrainingJob) -> dict[str, int]:
     is_chunked = job.row_targets > CHUNK_POSITIONS and not job.decoder.keeps_logits
     head = 2 * job.row_targets * shape.hidden_size * shape.vocabulary_size if is_chunked else 0
     return {
-        "linear": again * tokens * job.decoder.num_linear_weights + head,
-        "adapters": again * tokens * job.num_adapter_weights,
+        "linear": again * tokens * (job.decoder.num_linear_weights + job.num_adapter_weights) + head,
         "attention": again * tokens * tokens * shape.num_layers * shape.num_heads * shape.head_size,
     }
 
@@ -229,10 +239,11 @@ def _repeated_operations(job: TrainingJob) -> dict[str, int]:
 def forecast_seconds(job: TrainingJob, device: Device) -> float:
     """Seconds of an update, on all devices together."""
     needed, repeated, shares = _row_operations(job), _repeated_operations(job), device.shares
-    work = {name: needed[name] + repeated[name] for name in needed}
-    # Under a mask the unseen half of the scores is computed too.
-    attention = 2 * work["attention"] / shares.masked if job.has_mask else work["attention"] / shares.attention
-    equivalent = work["linear"] / shares.linear + work["adapters"] / shares.adapters + attention
+    equivalent = needed["linear"] / shares.linear + repeated["linear"] / shares.repeated
+    if job.has_mask:  # The unseen half of the scores is computed too.
+        equivalent += 2 * (needed["attention"] + repeated["attention"]) / shares.masked
+    else:
+        equivalent += needed["attention"] / shares.attention + repeated["attention"] / shares.repeated
     return job.recipe.training.rows_per_step * equivalent / device.matrix_rate / job.layout.num_devices
 
 
@@ -271,7 +282,7 @@ def _describe_shares(shares: Shares) -> str:
     """Shares by kind of work, and where they come from."""
     if shares == CPU_SHARES:
         named = ", ".join(f"{getattr(shares, each.name):.0%} ({each.name})" for each in fields(Shares))
-        return f"{named} are reached, measured once (--efficiency)"
+        return f"{named} are reached, as measured on one machine (--efficiency)"
     return f"{shares.linear:.0%} are reached, {'an assumption (--efficiency)' if shares == GPU_SHARES else 'as given'}"
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from manyicl import accelerators, training
+from manyicl import accelerators
+from manyicl import arguments as arguments_module
 from manyicl.accelerators import OWN_KERNELS, Kernels, choose_kernels, select_kernels, use_attention
+from manyicl.arguments import training_arguments
 from manyicl.attention import IMPLEMENTATION
 from manyicl.config import LoraConfig, TrainingConfig
 from manyicl.errors import RecipeError
 from manyicl.modeling import add_lora
-from manyicl.training import prepare_for_training, training_arguments
+from manyicl.training import prepare_for_training
 
 Config = TrainingConfig.model_validate
 
@@ -68,7 +70,7 @@ def test_ligers_losses_are_off_in_the_trainers_options(monkeypatch, tmp_path):
         (Kernels(liger=True), (True, {"cross_entropy": False, "fused_linear_cross_entropy": False})),
         (OWN_KERNELS, (False, None)),
     ):
-        monkeypatch.setattr(training, "choose_kernels", lambda config, kernels=kernels: kernels)
+        monkeypatch.setattr(arguments_module, "choose_kernels", lambda config, kernels=kernels: kernels)
         arguments = training_arguments(Config({}), tmp_path, seed=0, validate=False)
         assert (arguments.use_liger_kernel, arguments.liger_kernel_config) == expected
 

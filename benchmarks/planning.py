@@ -54,8 +54,9 @@ def measure(configuration: dict[str, Any], threads: int) -> dict[str, Any]:
     from training import make_rows
     from updates import UpdateTimer
 
+    from manyicl.arguments import training_arguments
     from manyicl.modeling import add_lora, load_model
-    from manyicl.training import ManyShotTrainer, prepare_for_training, to_tensors, training_arguments
+    from manyicl.training import ManyShotTrainer, prepare_for_training, to_tensors
 
     torch.set_num_threads(threads)
     recipe = make_recipe(configuration)

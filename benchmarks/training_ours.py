@@ -11,10 +11,11 @@ from peft import PeftModel
 from training import as_lists, make_rows
 from updates import UpdateTimer
 
+from manyicl.arguments import training_arguments
 from manyicl.attention import use_shared_prefix_attention
 from manyicl.config import ObjectiveConfig, TrainingConfig
 from manyicl.modeling import load_model
-from manyicl.training import ManyShotTrainer, prepare_for_training, to_tensors, training_arguments
+from manyicl.training import ManyShotTrainer, prepare_for_training, to_tensors
 
 
 def main() -> None:

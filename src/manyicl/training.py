@@ -26,7 +26,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from manyicl.accelerators import OWN_KERNELS, Kernels, use_attention
 from manyicl.activations import keep_fewer_activations
-from manyicl.arguments import training_arguments as training_arguments
 from manyicl.checkpoints import drop_old_checkpoints, newest_whole_checkpoint, seal_checkpoint
 from manyicl.config import ObjectiveConfig
 from manyicl.errors import CheckpointError, ManyICLError, RecipeError

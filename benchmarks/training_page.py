@@ -122,6 +122,7 @@ def page(speed: dict[str, Any], changes: dict[str, Any], objectives: dict[str, A
             "",
             *setting_lines(speed["rows"]),
             "",
+            *([speed["remark"], ""] if speed.get("remark") else []),
             "The limit is the operations that an update needs over the rate of bf16 matrix products at the model's shapes,",
             f"{speed['limit']['matrix_rate_per_second'] / 1e9:.0f} GFLOP/s in this run; the formula stands in the file.",
             "",

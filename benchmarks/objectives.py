@@ -1,13 +1,12 @@
 """All answers against the last answer at equal training seconds: python benchmarks/objectives.py --output FILE
 
-Two objectives on the same many-shot rows of 2,048 tokens, one row an update, learning rates from one list; what differs is which
-answers are targets. A few updates of each are timed first, and the number of updates of `last_answer` is chosen so that both
-train for the same seconds. Every model is then read on the validation tasks (no held-out task is touched) with three orders of
-demonstrations. `last_answer` counts at the best of its rates on these very tasks, `all_answers` at the rate that was chosen
-before by validation loss: the comparison favours the baseline.
+Two objectives on the same many-shot rows of 2,048 tokens, one row an update, the same learning rates for both; what differs is
+which answers are targets. A few updates of each are timed first, and the number of updates of `last_answer` is chosen so that
+both train for the same seconds. Every model is then read on the validation tasks (no held-out task is touched) with three orders
+of demonstrations, and each objective counts at its best rate on these very tasks.
 
 The interval is a percentile bootstrap over queries, of the difference of the two models' scores on the same query, means over
-orders and shot counts. Every step is a command and goes on where it was stopped.
+orders and shot counts; one training seed, whose spread it does not hold. Every step goes on where it was stopped.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from manyicl.metrics import bootstrap_interval
 from manyicl.records import EvaluationRecord, read_records
 
 RECIPE = "recipes/real.yaml"
-ALL_ANSWERS_RATE = 6.0e-4
-LAST_ANSWER_RATES = (2.0e-4, 6.0e-4, 2.0e-3)
+OBJECTIVES = ("all_answers", "last_answer")
+RATES = (2.0e-4, 6.0e-4, 2.0e-3)
 TIMED_UPDATES = 6
 SHOTS = "0,4,16,64"
 
@@ -42,6 +41,15 @@ def train(bench: Bench, name: str, objective: str, rate: float, num_steps: int, 
     overrides += [f"training.num_steps={num_steps}", f"training.save_every={num_steps}", "training.validate_checkpoints=false"]
     bench.run(name, ["manyicl", "train", RECIPE, *overrides, "--resume"])
     return output
+
+
+def evaluate(bench: Bench, run: Path, arguments: argparse.Namespace) -> list[EvaluationRecord]:
+    """The records of a run on the validation tasks."""
+    path = arguments.work / f"{run.name}.jsonl"
+    options = ["--tasks", arguments.tasks, "--role", "validation", "--shots", SHOTS, "--seeds", "3"]
+    options += ["--queries", str(arguments.queries), "--output", str(path)]
+    bench.run(f"evaluate-{run.name}", ["manyicl", "evaluate", "--model", str(run), *options])
+    return read_records(path)
 
 
 def seconds_per_update(run: Path) -> float:
@@ -68,32 +76,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="../shared/data", help="a suite with validation tasks")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"))
-    parser.add_argument("--updates", type=int, default=50, help="updates of all_answers")
+    parser.add_argument("--updates", type=int, default=100, help="updates of all_answers")
+    parser.add_argument("--queries", type=int, default=200, help="queries per task")
     parser.add_argument("--output", type=Path, default=Path("runs/objectives.json"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.work)
     timed = {
         objective: seconds_per_update(train(bench, f"timed-{objective}", objective, 1e-6, TIMED_UPDATES, arguments))
-        for objective in ("all_answers", "last_answer")
+        for objective in OBJECTIVES
     }
-    num_last = round(arguments.updates * timed["all_answers"] / timed["last_answer"])
-    ours = train(bench, "all_answers", "all_answers", ALL_ANSWERS_RATE, arguments.updates, arguments)
-    last = [train(bench, f"last_answer-{rate:g}", "last_answer", rate, num_last, arguments) for rate in LAST_ANSWER_RATES]
+    updates = {objective: round(arguments.updates * timed["all_answers"] / timed[objective]) for objective in OBJECTIVES}
     found: dict[str, list[EvaluationRecord]] = {}
-    for run in (ours, *last):
-        path = arguments.work / f"{run.name}.jsonl"
-        options = ["--tasks", arguments.tasks, "--role", "validation", "--shots", SHOTS, "--seeds", "3", "--queries", "100"]
-        bench.run(f"evaluate-{run.name}", ["manyicl", "evaluate", "--model", str(run), *options, "--output", str(path)])
-        found[run.name] = read_records(path)
-    best = max((run.name for run in last), key=lambda name: float(query_scores(found[name]).mean()))
-    difference = 100 * (query_scores(found["all_answers"]) - query_scores(found[best]))
+    for rate in RATES:
+        for objective in OBJECTIVES:
+            name = f"{objective}-{rate:g}-{updates[objective]}"
+            run = train(bench, name, objective, rate, updates[objective], arguments)
+            found[f"{objective}-{rate:g}"] = evaluate(bench, run, arguments)
+    best = {
+        objective: max((f"{objective}-{rate:g}" for rate in RATES), key=lambda name: float(query_scores(found[name]).mean()))
+        for objective in OBJECTIVES
+    }
+    difference = 100 * (query_scores(found[best["all_answers"]]) - query_scores(found[best["last_answer"]]))
     mean, (low, high) = float(difference.mean()), bootstrap_interval(difference, draw=np.random.default_rng(0))
     result: dict[str, Any] = {
-        "difference": {"points": mean, "low": low, "high": high, "queries": len(difference), "against": best},
+        "difference": {"points": mean, "low": low, "high": high, "queries": len(difference), "best": best},
         "by_shots": {name: by_shots(records) for name, records in found.items()},
         "seconds_per_update": timed,
-        "updates": {"all_answers": arguments.updates, "last_answer": num_last},
+        "updates": updates,
+        "queries_a_task": arguments.queries,
         "commands": bench.commands,
         "machine": describe_machine(),
         "seed": 0,

@@ -6,10 +6,14 @@ import pytest
 
 from manyicl.config import Recipe, load_recipe
 from manyicl.errors import RecipeError
+from manyicl.study.cells import list_cells
+from manyicl.study.recipe import load_study_recipe
 from manyicl.tasks.readers import load_suite
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if "catalogue" not in path.parts)  # Its tests: test_catalogue.py.
+STUDIES = sorted([*RECIPES.glob("study-*.yaml"), *RECIPES.glob("ablations/*.yaml")])
+# Those of the catalogue have their tests in test_catalogue.py.
+PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if "catalogue" not in path.parts and path not in STUDIES)
 
 
 def name_of(path: Path) -> str:
@@ -36,8 +40,33 @@ def test_builtin_tasks_of_a_recipe_exist(path: Path) -> None:
     assert {suite.role(name) for name in names} == {"meta_training"}
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+def test_study_recipe_parses_and_every_training_recipe_in_it(path: Path) -> None:
+    study = load_study_recipe(path)
+    assert study.output.startswith("runs/")
+    chosen = [study.training_recipe(method) for method in study.joint_methods()]
+    assert len({recipe.model_dump_json() for recipe in chosen}) == len(chosen)
+
+
+def test_the_ablations_are_there() -> None:
+    names = {path.stem for path in STUDIES if path.parent.name == "ablations"}
+    assert names == {"normalisation", "lora-targets", "remapping", "num-tasks", "context-length"}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+def test_the_tasks_of_a_study_exist_and_none_is_trained_on_that_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (RECIPES.parent.parent / "shared" / "data").is_dir():
+        pytest.skip("needs the folder of real tasks ../shared/data")
+    monkeypatch.chdir(RECIPES.parent)
+    study = load_study_recipe(path)
+    suite = load_suite(study.tasks)
+    names = [cell.name for cell in list_cells(study, suite)]
+    assert len(names) == len(set(names))
+    assert {f"evaluate/all_answers/seed-0/{task}" for task in suite.held_out} <= set(names)
+
+
 def test_no_two_recipes_share_an_output_folder() -> None:
-    outputs = [load_recipe(path).output for path in PATHS]
+    outputs = [load_recipe(path).output for path in PATHS] + [load_study_recipe(path).output for path in STUDIES]
     assert sorted(set(outputs)) == sorted(outputs)
 
 

@@ -16,10 +16,10 @@ from manyicl.arguments import training_arguments
 from manyicl.checkpoints import is_whole, list_checkpoints
 from manyicl.config import LoraConfig, TrainingConfig
 from manyicl.encoding import Encoder
-from manyicl.errors import CheckpointError, ManyICLError, StorageError
+from manyicl.errors import CheckpointError, ManyICLError, RecipeError, StorageError
 from manyicl.modeling import add_lora
 from manyicl.objective import answer_losses, count_units, shard_losses, shift_targets
-from manyicl.training import ManyShotTrainer, to_tensors, train_model
+from manyicl.training import ManyShotTrainer, Validation, to_tensors, train_model
 from model_fixtures import (
     Config,
     FixedRows,
@@ -45,7 +45,7 @@ def encoder(byte_tokenizer):
 def run(encoder, tiny_model, tmp_path):
     """A short run; gives the model, the rows asked for and the result."""
 
-    def start(model=None, *, numbers=NUMBERS, objective=None, validation=None, resume=False, output=tmp_path, **fields):
+    def start(model=None, *, numbers=NUMBERS, objective=None, validation=None, patience=None, resume=False, output=tmp_path, **fields):
         settings = {"num_steps": 4, "tune": "full", "dtype": "float32", "log_every": 1, "save_every": 2, "learning_rate": 0.01}
         config = TrainingConfig.model_validate(settings | fields)
         dataset = FixedRows([make_row(encoder, own) for own in numbers][: config.num_steps * config.rows_per_step])
@@ -55,7 +55,7 @@ def run(encoder, tiny_model, tmp_path):
             dataset,
             arguments=training_arguments(config, output / "checkpoints", seed=0, validate=bool(validation)),
             objective=Config(objective or {}),
-            validation=validation,
+            validation=Validation(validation, patience) if validation else None,
             resume=resume,
         )
         return model, dataset, result
@@ -213,6 +213,16 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(run, tiny_model, 
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_processes_that_accelerate_does_not_join_are_refused(encoder, tiny_model, tmp_path, monkeypatch):
+    config = TrainingConfig.model_validate({"num_steps": 2, "rows_per_step": 2})
+    alone = training_arguments(config, tmp_path, seed=0, validate=False)
+    rows = FixedRows([make_row(encoder, own) for own in NUMBERS])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"^1 process\(es\) would feed 2 rows in an update, and .*_step = 4\. Start them with"):
+        train_model(tiny_model("llama"), rows, arguments=alone, objective=Config({}))
+
+
 def test_tensorboard_gets_the_loss_by_shot(run, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, _, result = run(num_steps=2, report_to=["tensorboard"])
@@ -231,6 +241,14 @@ def test_the_best_validated_checkpoint_is_the_one_that_is_kept(run, encoder, tmp
     assert all(torch.equal(weight, snapshots[1][name]) for name, weight in weights_of(model).items())
     kept = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert kept == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_training_stops_after_checkpoints_without_a_better_loss(run, encoder, tmp_path, monkeypatch):
+    snapshots = []
+    script_validation(monkeypatch, [3.0, 1.0, 2.0, 4.0, 0.5], snapshots)
+    model, _, result = run(validation=[make_row(encoder, [0, 1])], patience=2, num_steps=5, save_every=1)
+    assert (result.updates, result.best_step) == (4, 2)
+    assert all(torch.equal(weight, snapshots[1][name]) for name, weight in weights_of(model).items())
 
 
 def test_the_last_update_is_validated_too(run, encoder, tmp_path):

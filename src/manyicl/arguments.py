@@ -31,6 +31,7 @@ _RECIPE_KEYS = {
     "gradient_accumulation_steps": "training.rows_per_step",
     "learning_rate": "training.learning_rate",
     "warmup_steps": "training.warmup_ratio",
+    "save_total_limit": "training.keep_checkpoints",
     "lr_scheduler_type": "training.schedule",
     "weight_decay": "training.weight_decay",
     "max_grad_norm": "training.max_grad_norm",
@@ -101,12 +102,13 @@ def context_parallel_size(training: TrainingConfig) -> int:
         RecipeError: the recipe asks for a parallelism that is not offered.
     """
     sizes = training.trainer.get("parallelism_config") or {}
-    if not isinstance(sizes, dict) or not sizes.keys() <= set(_PARALLEL_SIZES):
+    is_mapping = isinstance(sizes, dict) and sizes.keys() <= set(_PARALLEL_SIZES)
+    if not (is_mapping and all(isinstance(size, int) and size >= 1 for size in sizes.values())):
         raise RecipeError(
-            f"training.trainer.parallelism_config = {sizes!r}: only a mapping of {', '.join(_PARALLEL_SIZES)} is offered. "
-            "Leave the rest out."
+            f"training.trainer.parallelism_config = {sizes!r}: only a mapping of {', '.join(_PARALLEL_SIZES)} to whole numbers "
+            "from 1 is offered. Leave the rest out."
         )
-    return int(sizes.get("cp_size") or 1)
+    return int(sizes.get("cp_size", 1))
 
 
 def _check_options(training: TrainingConfig) -> None:
@@ -167,6 +169,7 @@ def _argument_values(training: TrainingConfig, folder: Path, seed: int, *, valid
         "logging_steps": training.log_every,
         "save_strategy": "steps",
         "save_steps": training.save_every,
+        "save_total_limit": training.keep_checkpoints,
         "eval_strategy": "steps" if validate else "no",
         "eval_steps": training.save_every,
         "load_best_model_at_end": validate,

@@ -15,7 +15,7 @@ from manyicl.files import hash_file, write_json_atomic
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-NUM_KEPT = 2
+NUM_KEPT = 2  # Unless more are asked for: one may be torn.
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -58,9 +58,9 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def drop_old_checkpoints(folder: Path, *, best: Path | None) -> None:
-    """Remove all but the newest two checkpoints and the best one."""
-    for path in list_checkpoints(folder)[:-NUM_KEPT]:
+def drop_old_checkpoints(folder: Path, *, best: Path | None, num_kept: int = NUM_KEPT) -> None:
+    """Remove all but the newest `num_kept` checkpoints and the best one."""
+    for path in list_checkpoints(folder)[:-num_kept]:
         if best is None or path.resolve() != best.resolve():
             (path / MANIFEST).unlink(missing_ok=True)  # First, so that a kill in between leaves no half that looks whole.
             shutil.rmtree(path)

@@ -179,6 +179,32 @@ def plan(
 
 
 @app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="A study recipe in YAML.")],
+    output: Annotated[Optional[str], typer.Option(help="Folder of the study, in place of the recipe's.")] = None,  # noqa: UP045
+    kinds: Annotated[str, typer.Option(help="Only cells of these kinds, comma-separated.")] = "",
+    minutes: Annotated[Optional[float], typer.Option(help="No cell is begun after so many minutes.", min=0)] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--plan", help="Show the plan and gather what is done; begin no cell.")] = False,
+) -> None:
+    """Compare every method on held-out tasks, cell by cell; what is done is read, not done again."""
+    from manyicl.study.command import gather_results, open_study, run_opened
+
+    chosen = [kind for kind in kinds.split(",") if kind]
+    folder, plan = open_study(recipe, output, chosen)
+    typer.echo(plan)
+    if dry_run:
+        typer.echo(f"results so far: {gather_results(folder)}")
+        return
+    progress = run_opened(folder, chosen, minutes)
+    typer.echo(
+        f"{progress.done} of {progress.total} cells done, {progress.failed} failed; results: {folder.output / 'results'} "
+        f"(manyicl report {folder.output / 'results'} -o report.html)"
+    )
+    if progress.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A finished run's folder.")],
     output: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint, or a file whose name ends in .gguf.")],

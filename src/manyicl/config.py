@@ -79,7 +79,11 @@ class TrainingConfig(_Section):
     )
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     save_every: int = Field(50, ge=1, description="Updates between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints that are kept; each can be evaluated as a model.")
     validate_checkpoints: bool = Field(False, description="Measure the validation loss at each checkpoint and keep the best.")
+    patience: int | None = Field(
+        None, ge=1, description="Checkpoints without a better validation loss after which training stops; None trains on."
+    )
     validation_rows: int = Field(4, ge=1, description="Rows per validation task.")
     log_every: int = Field(5, ge=1, description="Updates between log lines.")
     report_to: list[str] = Field(default_factory=list, description="Trackers: tensorboard, wandb, trackio.")

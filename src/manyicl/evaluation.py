@@ -7,14 +7,14 @@ file order, the same for every method, shot count and seed.
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from manyicl.episodes import order_examples
 from manyicl.errors import TaskError
 from manyicl.methods import Answer, Method, OpenedMethod
 from manyicl.metrics import aggregate, score_answer
-from manyicl.records import EvaluationRecord, QueryScores, RecordWriter, Shots
+from manyicl.records import CellKey, EvaluationRecord, QueryScores, RecordWriter, Shots
 from manyicl.tasks.task import Example, Task
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ class Plan:
         model: Name of the model, as it stands in the records.
         model_note: What must stand beside every result of it.
         versions: Library versions, as they stand in the records.
+        condition: What `arrange` does, as it stands in the records.
+        arrange: Turns the ordered demonstrations of a seed into others, before those that fit are taken.
     """
 
     shots: tuple[Shots, ...]
@@ -39,6 +41,13 @@ class Plan:
     model: str = ""
     model_note: str = ""
     versions: tuple[tuple[str, str], ...] = ()
+    condition: str = ""
+    arrange: Callable[[list[Example], int], list[Example]] | None = None
+
+
+def order_demonstrations(task: Task, seed: int) -> list[Example]:
+    """The train examples in the order in which an evaluation puts them into the context; k shots are the first k."""
+    return order_examples(task.train, seed=seed, purpose=f"demonstrations/{task.name}", index=0)
 
 
 def evaluate_task(
@@ -58,8 +67,8 @@ def evaluate_task(
         raise TaskError(f"task {task.name!r} has no test examples to evaluate on. Add a test file.")
     fingerprint = hashlib.sha256(f"{method.fingerprint}/{task.fingerprint()}/{len(queries)}".encode()).hexdigest()
     for seed in range(plan.num_seeds) if seeds is None else seeds:
-        keys: dict[Shots, tuple[str, str, str, str, Shots, int]] = {
-            shots: (method.name, plan.model, task.name, "test", shots, seed) for shots in plan.shots
+        keys: dict[Shots, CellKey] = {
+            shots: (method.name, plan.model, task.name, "test", shots, seed, plan.condition) for shots in plan.shots
         }
         found = {shots: writer.find(key, fingerprint) for shots, key in keys.items()}
         missing = [shots for shots, record in found.items() if record is None]
@@ -67,7 +76,9 @@ def evaluate_task(
         if not missing or _only_unreachable(found, missing):
             continue
         start = time.perf_counter()
-        order = order_examples(task.train, seed=seed, purpose=f"demonstrations/{task.name}", index=0)
+        order = order_demonstrations(task, seed)
+        if plan.arrange is not None:
+            order = plan.arrange(order, seed)
         opened = method.open(task, _needed(order, missing), queries)
         prefill_seconds = time.perf_counter() - start
         # `max` comes first: it says, on file, which larger shot counts do not fit.
@@ -130,6 +141,7 @@ def _evaluate_cell(
         shots=shots,
         num_demonstrations=num_shots,
         seed=seed,
+        condition=plan.condition,
         value=aggregate(task.metric, scores.scores, scores.gold, scores.predicted),
         num_queries=len(queries),
         prefix_tokens=opened.prefix_tokens(num_shots),

@@ -18,11 +18,13 @@ class CorpusLoss:
     Attributes:
         bits_per_byte: Bits of all predicted tokens over the bytes of the text.
         num_tokens: Tokens predicted: all but the first of each window.
+        window_bits: Bits of the predicted tokens of each window, which pair models with one tokenizer.
     """
 
     bits_per_byte: float
     num_bytes: int
     num_tokens: int
+    window_bits: tuple[float, ...]
 
 
 def read_corpus(path: Path, *, max_bytes: int) -> str:
@@ -57,13 +59,14 @@ def corpus_loss(loaded: LoadedModel, text: str, *, window_tokens: int = 2048) ->
             f"a window of {window_tokens} tokens is more than the {loaded.context_tokens} positions of {loaded.name}. Lower it."
         )
     token_ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-    total, predicted = 0.0, 0
+    bits, predicted = [], 0
     for window in token_ids.split(window_tokens):
         if len(window) < 2:
             continue
         with torch.inference_mode():
             logits = loaded.model(input_ids=window.unsqueeze(0).to(loaded.model.device), use_cache=False).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:].to(logits.device), reduction="sum"))
+        loss = torch.nn.functional.cross_entropy(logits.float(), window[1:].to(logits.device), reduction="sum")
+        bits.append(float(loss) / math.log(2))
         predicted += len(window) - 1
     num_bytes = len(text.encode("utf-8"))
-    return CorpusLoss(total / math.log(2) / num_bytes, num_bytes, predicted)
+    return CorpusLoss(sum(bits) / num_bytes, num_bytes, predicted, tuple(bits))

@@ -395,12 +395,15 @@ def _read_adapter_run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _read_run_file(folder: Path) -> dict[str, Any]:
-    """What manyicl.json says; for adapters of other tools, their own base model.
+    """What manyicl.json says, for a checkpoint that of its run; for adapters of other tools, their own base model.
 
     Raises:
         ModelError: the file is broken, or names no base model.
     """
-    path = folder / RUN_FILE if (folder / RUN_FILE).is_file() else folder / "adapter_config.json"
+    candidates = [folder / RUN_FILE]
+    if folder.parent.name == "checkpoints":
+        candidates.append(folder.parent.parent / RUN_FILE)
+    path = next((each for each in candidates if each.is_file()), folder / "adapter_config.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         base = content["base" if path.name == RUN_FILE else "base_model_name_or_path"]

@@ -1,6 +1,6 @@
 """Evaluation records: one typed JSON line per cell; every table and plot is made from them. Loads no torch.
 
-    cell  = (method, model, task, split, shots, seed)
+    cell  = (method, model, task, split, shots, seed, condition)
     line  = cell, value, demonstrations used, tokens, seconds, versions, and per query: id, score, gold and predicted label index
 
 No text of a task is recorded. Lines are appended whole and synced: a kill leaves at most one torn last line, which readers
@@ -29,7 +29,7 @@ from manyicl.metrics import mean_interval
 logger = logging.getLogger(__name__)
 
 Shots = int | Literal["max"]
-CellKey = tuple[str, str, str, str, Shots, int]
+CellKey = tuple[str, str, str, str, Shots, int, str]
 _PART_NAME = re.compile(r"\.[0-9a-f]{8}-\d+-of-\d+\.(part|done|merging)$")
 
 
@@ -61,6 +61,7 @@ class EvaluationRecord(BaseModel):
     shots: Shots = Field(description="Demonstrations asked for, or `max`.")
     num_demonstrations: int = Field(description="Demonstrations in the context.")
     seed: int = Field(description="Seed of the order of demonstrations.")
+    condition: str = Field("", description="What was done to the demonstrations or the format; empty for nothing.")
     value: float = Field(description="Value of the metric, 0-1.")
     num_queries: int
     prefix_tokens: int = Field(description="Tokens of the demonstrations.")
@@ -74,7 +75,7 @@ class EvaluationRecord(BaseModel):
     @property
     def key(self) -> CellKey:
         """What identifies the cell."""
-        return (self.method, self.model, self.task, self.split, self.shots, self.seed)
+        return (self.method, self.model, self.task, self.split, self.shots, self.seed, self.condition)
 
 
 def read_records(path: Path) -> list[EvaluationRecord]:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 import yaml
 
-from manyicl.accelerators import choose_kernels
+from manyicl.accelerators import Kernels, choose_kernels
 from manyicl.arguments import context_parallel_size, training_arguments
 from manyicl.checkpoints import list_checkpoints
 from manyicl.config import EpisodesConfig, Recipe
@@ -37,7 +37,7 @@ from manyicl.process_group import gather_from_processes, launch_name, place_amon
 from manyicl.records import EvaluationRecord, RecordWriter, SharedRecordWriter, Shots, read_records
 from manyicl.tasks.readers import load_suite, load_task, read_examples, read_queries, task_of_examples
 from manyicl.tasks.task import Example, Role, Task, TaskSuite
-from manyicl.training import TrainingResult, WholeModel, prepare_for_training, to_tensors, train_model
+from manyicl.training import TrainingResult, Validation, WholeModel, prepare_for_training, to_tensors, train_model
 from manyicl.training_plan import check_training_memory
 
 logger = logging.getLogger(__name__)
@@ -86,22 +86,24 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         device=arguments.device,
         num_processes=arguments.world_size,
     )
-    kernels = choose_kernels(training)
-    if context_parallel_size(training) > 1:
-        check_can_be_cut(to_tensors([dataset[0]]), recipe.objective)
-        kernels = replace(kernels, attention=kernels.attention and "sdpa")  # The one that torch makes a ring of.
+    kernels = _kernels_for(recipe, dataset)
     validation = _validation_rows(recipe, suite, encoder)
     model = loaded.model if training.tune == "full" else add_lora(loaded.model, training.lora, seed=recipe.seed)
     prepare_for_training(model, kernels)
     if is_main:
         _write_start(output, recipe, facts)
-    result = train_model(model, dataset, arguments=arguments, objective=recipe.objective, validation=validation, resume=resume)
+    result = train_model(
+        model,
+        dataset,
+        arguments=arguments,
+        objective=recipe.objective,
+        validation=Validation(validation, training.patience) if validation else None,
+        resume=resume,
+    )
     if is_main:
         whole = model if result.weights is None else WholeModel(model, result.weights)
         save_model(whole, loaded.tokenizer, output, base=recipe.model, note=loaded.note, format=recipe.episodes.format)
-        rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
-        summary = {name: value for name, value in asdict(replace(result, weights=None)).items() if name != "weights"}
-        write_json_atomic(output / "summary.json", summary | rates | {"note": loaded.note})
+        _write_summary(output, result, note=loaded.note)
     return result
 
 
@@ -119,6 +121,19 @@ def _check_agreement(facts: dict[str, Any]) -> None:
                 f"process {number} was not started with the same as process 0 ({'; '.join(differing)}; on the left process 0). "
                 "Give all of them the same recipe and options, and the same files, or a folder that they share."
             )
+
+
+def _kernels_for(recipe: Recipe, dataset: RowDataset) -> Kernels:
+    """The kernels of a run, which can be shared out over processes where it asks for that.
+
+    Raises:
+        ManyICLError: processes are to share rows that cannot be cut.
+    """
+    kernels = choose_kernels(recipe.training)
+    if context_parallel_size(recipe.training) == 1:
+        return kernels
+    check_can_be_cut(to_tensors([dataset[0]]), recipe.objective)
+    return replace(kernels, attention=kernels.attention and "sdpa")  # The one that torch makes a ring of.
 
 
 def _check_rows(dataset: RowDataset) -> int:
@@ -268,6 +283,12 @@ def _write_start(output: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
         return
     write_json_atomic(output / "run.json", facts)
     write_text_atomic(output / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _write_summary(output: Path, result: TrainingResult, *, note: str) -> None:
+    rates = {"tokens_per_second": result.tokens_per_second, "answers_per_second": result.answers_per_second}
+    summary = {name: value for name, value in asdict(replace(result, weights=None)).items() if name != "weights"}
+    write_json_atomic(output / "summary.json", summary | rates | {"note": note})
 
 
 def _read_result(output: Path) -> TrainingResult:

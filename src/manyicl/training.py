@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from manyicl.accelerators import OWN_KERNELS, Kernels, use_attention
 from manyicl.activations import keep_fewer_activations
-from manyicl.checkpoints import drop_old_checkpoints, newest_whole_checkpoint, seal_checkpoint
+from manyicl.checkpoints import NUM_KEPT, drop_old_checkpoints, newest_whole_checkpoint, seal_checkpoint
 from manyicl.config import ObjectiveConfig
 from manyicl.errors import CheckpointError, ManyICLError, RecipeError
 from manyicl.files import storage_errors, write_json_atomic
@@ -41,7 +41,7 @@ from manyicl.objective import (
     shot_bucket_names,
 )
 from manyicl.packing import Row, RowDataset, collate
-from manyicl.process_group import gather_from_processes, gather_weights, naming_lost_processes
+from manyicl.process_group import gather_from_processes, gather_weights, naming_lost_processes, place_among_processes
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,19 @@ class TrainingResult:
         return self.answers / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What is measured at each checkpoint, so that the best one's weights are kept.
+
+    Attributes:
+        rows: Rows whose mean token loss is measured.
+        patience: Training stops after so many checkpoints without a better loss; None trains to the end.
+    """
+
+    rows: Sequence[Row]
+    patience: int | None = None
+
+
 class WholeModel:
     """A model of which processes hold shards, as `modeling.save_model` takes it: with its whole weights beside it."""
 
@@ -112,6 +125,8 @@ class ManyShotTrainer(Trainer):
         self.objective: ObjectiveConfig = objective
         self.progress = Progress()
         self.in_head = head_can_return_losses(options["model"])
+        # Ours alone removes old checkpoints; transformers would before the newest is whole.
+        self.num_kept, self.args.save_total_limit = self.args.save_total_limit or NUM_KEPT, None
         # The loss is already divided by the units of all accumulated batches (read by the trainer's training_step).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -234,7 +249,7 @@ class ManyShotTrainer(Trainer):
         with storage_errors(checkpoint):
             seal_checkpoint(checkpoint)
         best = self.state.best_model_checkpoint
-        drop_old_checkpoints(folder, best=Path(best) if best else None)
+        drop_old_checkpoints(folder, best=Path(best) if best else None, num_kept=self.num_kept)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights; transformers only logs when they are not there, and would keep the last ones."""
@@ -305,14 +320,14 @@ def train_model(
     *,
     arguments: TrainingArguments,
     objective: ObjectiveConfig,
-    validation: Sequence[Row] | None = None,
+    validation: Validation | None = None,
     resume: bool = False,
 ) -> TrainingResult:
     """Train `model` in place on the rows of `dataset`, in order.
 
     Args:
         arguments: From `training_arguments`; checkpoints go to its `output_dir`.
-        validation: Rows whose loss is measured at each checkpoint; the best checkpoint's weights are kept.
+        validation: What is measured at each checkpoint, for which `arguments` were made with `validate`.
         resume: Go on from the newest whole checkpoint, if there is one.
 
     Raises:
@@ -324,7 +339,7 @@ def train_model(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=validation,
+        eval_dataset=validation.rows if validation else None,
         data_collator=to_tensors,
     )
     _check_rows_per_step(trainer, len(dataset))
@@ -332,16 +347,9 @@ def train_model(
         trainer.remove_callback(shown_raw)
     trainer.add_callback(_Bar() if sys.stderr.isatty() else _PlainLines())
     trainer.add_callback(_Bookkeeping(trainer))
-    checkpoint = None
-    if resume:
-        with arguments.main_process_first(local=False):  # Broken checkpoints are removed, which one process must do alone.
-            checkpoint = newest_whole_checkpoint(Path(str(arguments.output_dir)))
-        names = gather_from_processes(checkpoint.name if checkpoint else "none")
-        if len(set(names)) > 1:
-            raise CheckpointError(
-                f"{arguments.output_dir}: the processes find different checkpoints to go on from ({', '.join(names)}). "
-                "Give an output folder that all machines share."
-            )
+    if validation and validation.patience:
+        trainer.add_callback(EarlyStoppingCallback(validation.patience))
+    checkpoint = _find_checkpoint(arguments) if resume else None
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
         if arguments.process_index == 0:
@@ -363,14 +371,32 @@ def train_model(
     )
 
 
+def _find_checkpoint(arguments: TrainingArguments) -> Path | None:
+    """The newest whole checkpoint; every process must come here.
+
+    Raises:
+        CheckpointError: processes find different ones.
+    """
+    with arguments.main_process_first(local=False):  # Broken checkpoints are removed, which one process must do alone.
+        checkpoint = newest_whole_checkpoint(Path(str(arguments.output_dir)))
+    names = gather_from_processes(checkpoint.name if checkpoint else "none")
+    if len(set(names)) > 1:
+        raise CheckpointError(
+            f"{arguments.output_dir}: the processes find different checkpoints to go on from ({', '.join(names)}). "
+            "Give an output folder that all machines share."
+        )
+    return checkpoint
+
+
 def _check_rows_per_step(trainer: ManyShotTrainer, num_rows: int) -> None:
     """Whether all processes that Accelerate found feed the recipe's rows, neither more nor fewer."""
     arguments = trainer.args
     planned, fed = num_rows // arguments.max_steps, trainer.get_total_train_batch_size(arguments)
-    if arguments.world_size > 1 and fed != planned:
+    several = max(arguments.world_size, place_among_processes()[1]) > 1
+    if several and fed != planned:
         raise RecipeError(
-            f"{arguments.world_size} processes would feed {fed} rows in an update, and training.rows_per_step = {planned}. Start "
-            "them with torchrun, or set RANK and WORLD_SIZE; a parallelism is chosen under training.trainer alone."
+            f"{arguments.world_size} process(es) would feed {fed} rows in an update, and training.rows_per_step = {planned}. "
+            "Start them with torchrun, or set RANK and WORLD_SIZE; a parallelism is chosen under training.trainer alone."
         )
 
 

@@ -1,0 +1,301 @@
+"""Does the cells of a study that are not done, and gathers what was found.
+
+    runs/study-small/
+      study.yaml  tasks.json             the recipe and hashes of the examples: a folder belongs to one study
+      cells/train/all_answers/seed-0/
+        result.json                      written last: the cell is done
+        failure.json                     why it is not; it is tried again by the next start
+        records.jsonl  run/              what it found; goes on where it was stopped
+        lock                             held by the process that is at it, and released with it
+      results/                           what reports read (see `results.files`), written anew after each stretch of work
+
+A cell is done by one process at a time; any number of processes or machines that share the folder (and its file locks) take
+different cells. A kill loses at most the cell in flight, and of that no more than since its last checkpoint or record. A cell
+that fails says so in its folder, those that need it wait, and the rest goes on. Cells are done by a worker process of their own:
+one that the system kills, for want of memory say, is told from its exit, and another goes on.
+"""
+
+import logging
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from manyicl.errors import ManyICLError, RecipeError, RecordsError
+from manyicl.files import storage_errors, write_json_atomic, write_text_atomic
+from manyicl.records import read_records
+from manyicl.results.claims import make_claims
+from manyicl.results.files import CellFacts, CorpusFacts, ModelFacts, StudyResults, write_results
+from manyicl.runs import library_versions
+from manyicl.study.cells import Cell, list_cells
+from manyicl.study.jobs import Outcome, Study
+from manyicl.study.recipe import StudyRecipe
+from manyicl.tasks.readers import load_suite
+from manyicl.tasks.task import TaskSuite
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["done", "failed", "open"]
+_POLL_SECONDS = 5.0
+_STOPPED = {signal.SIGKILL: "killed by the system, which does so when memory runs out", signal.SIGSEGV: "crashed"}
+
+
+class CellResult(BaseModel):
+    """result.json: what a cell found, and what it took."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float
+    peak_memory_bytes: int
+    finished: str
+    versions: dict[str, str]
+    models: list[ModelFacts] = []
+    corpora: list[CorpusFacts] = []
+    facts: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    done: int
+    failed: int
+    total: int
+
+
+class StudyFolder:
+    """The folder of a study: which cells are done, and their results.
+
+    Raises:
+        RecipeError: the folder belongs to another study, or to other examples.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, recipe: StudyRecipe, suite: TaskSuite) -> None:
+        self.output = Path(recipe.output)
+        self.recipe = recipe
+        self.cells = list_cells(recipe, suite)
+        self._claim(suite)
+
+    def _claim(self, suite: TaskSuite) -> None:
+        """Make the folder this study's, or see that it is."""
+        content = self.recipe.model_dump(mode="json", exclude={"output"})
+        path = self.output / "study.yaml"
+        if path.is_file():
+            known = yaml.safe_load(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in content.keys() | known.keys() if content.get(key) != known.get(key))
+            if differing:
+                raise RecipeError(
+                    f"{self.output}: holds the results of another recipe ({', '.join(differing)} differ). Choose another output."
+                )
+        elif (self.output / "cells").exists():
+            raise RecipeError(f"{self.output}: holds cells without a study.yaml. Choose another output.")
+        examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
+        hashes = self.output / "tasks.json"
+        if hashes.is_file():
+            known = yaml.safe_load(hashes.read_text(encoding="utf-8"))
+            changed = sorted(name for name in examples.keys() | known.keys() if examples.get(name) != known.get(name))
+            if changed:
+                raise RecipeError(f"{self.output}: the examples of {', '.join(changed)} have changed. Choose another output.")
+        else:
+            write_json_atomic(hashes, examples)
+        if not path.is_file():
+            write_text_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def folder(self, cell: str) -> Path:
+        """The folder of a cell."""
+        return self.output / "cells" / cell
+
+    def status(self, cell: str) -> Status:
+        """Whether a cell is done."""
+        if (self.folder(cell) / "result.json").is_file():
+            return "done"
+        return "failed" if (self.folder(cell) / "failure.json").is_file() else "open"
+
+    def is_ready(self, cell: Cell) -> bool:
+        """Whether a cell is open and what it needs is done."""
+        return self.status(cell.name) == "open" and all(self.status(needed) == "done" for needed in cell.needs)
+
+    def read(self, cell: str) -> CellResult:
+        """The result of a finished cell.
+
+        Raises:
+            RecordsError: it is broken.
+        """
+        path = self.folder(cell) / "result.json"
+        try:
+            return CellResult.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise RecordsError(
+                f"{path}: is no result of a cell ({error}). Remove the file; the cell is then done again."
+            ) from error
+
+    def outcome(self, cell: str) -> Outcome:
+        """What a finished cell found."""
+        result = self.read(cell)
+        return Outcome(result.models, result.corpora, result.facts)
+
+    @contextmanager
+    def lock(self, cell: str) -> Iterator[bool]:
+        """Whether this process may do a cell; it holds it inside the block."""
+        folder = self.folder(cell)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def write_failure(self, cell: str, reason: str) -> None:
+        """Record why a cell is not done."""
+        write_json_atomic(self.folder(cell) / "failure.json", {"error": reason, "finished": _now()})
+
+    def progress(self) -> Progress:
+        """How many cells are done and have failed."""
+        found = [self.status(cell.name) for cell in self.cells]
+        return Progress(found.count("done"), found.count("failed"), len(found))
+
+    def gather(self) -> StudyResults:
+        """Everything that finished cells have found, with the claims that follow."""
+        records, models, corpora, facts = [], [], [], []
+        for cell in self.cells:
+            status = self.status(cell.name)
+            result = self.read(cell.name) if status == "done" else None
+            path = self.folder(cell.name) / "records.jsonl"
+            if result is not None:
+                records += read_records(path) if path.is_file() else []
+                models += result.models
+                corpora += result.corpora
+            facts.append(self._cell_facts(cell, status, result))
+        results = StudyResults(
+            recipe=self.recipe.model_dump(mode="json"), records=records, models=models, corpora=corpora, cells=facts
+        )
+        return results.model_copy(update={"claims": make_claims(results)})
+
+    def _cell_facts(self, cell: Cell, status: Status, result: CellResult | None) -> CellFacts:
+        if result is not None:
+            taken = result.model_dump(include={"seconds", "peak_memory_bytes", "finished", "versions"})
+            return CellFacts(cell=cell.name, kind=cell.kind, status=status, **taken)
+        error = ""
+        if status == "failed":
+            error = str(yaml.safe_load((self.folder(cell.name) / "failure.json").read_text(encoding="utf-8"))["error"])
+        return CellFacts(cell=cell.name, kind=cell.kind, status=status, error=error)
+
+
+def work(recipe: StudyRecipe, *, kinds: Sequence[str] = (), deadline: float | None = None) -> None:
+    """Do cells until none is left that this process can do; what a worker process runs.
+
+    Args:
+        kinds: Only cells of these kinds; all unless given.
+        deadline: No cell is begun after this `time.time()`.
+    """
+    suite = load_suite(recipe.tasks)
+    folder = StudyFolder(recipe, suite)
+    study = Study(recipe, suite, folder.outcome)
+    wanted = [cell for cell in folder.cells if not kinds or cell.kind in kinds]
+    parent = os.getppid()
+    while (deadline is None or time.time() < deadline) and os.getppid() == parent:  # An orphan takes no further cell.
+        ready = [cell for cell in wanted if folder.is_ready(cell)]
+        if not ready:
+            return
+        if not any(_do(folder, study, cell) for cell in ready):
+            time.sleep(_POLL_SECONDS)  # Others are at all of them.
+
+
+def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
+    """Whether this process has done the cell, or failed to."""
+    with folder.lock(cell.name) as is_ours:
+        if not is_ours or folder.status(cell.name) != "open":
+            return False
+        write_text_atomic(_worker_file(folder, os.getpid()), cell.name)
+        logger.info("[%s]", cell.name)
+        start = time.perf_counter()
+        try:
+            outcome = study.run(cell)
+        except Exception as error:  # Whatever a cell dies of is recorded, and the rest goes on.
+            logger.exception("%s failed", cell.name)
+            folder.write_failure(cell.name, str(error) if isinstance(error, ManyICLError) else f"{type(error).__name__}: {error}")
+            return True
+        result = CellResult(
+            seconds=round(time.perf_counter() - start, 2),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            finished=_now(),
+            versions=library_versions(),
+            models=outcome.models,
+            corpora=outcome.corpora,
+            facts=outcome.facts,
+        )
+        write_text_atomic(folder.folder(cell.name) / "result.json", result.model_dump_json(indent=1) + "\n")
+    return True
+
+
+def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float | None = None) -> Progress:
+    """Do what is left of a study in worker processes, one after the other, and write its results.
+
+    Args:
+        kinds: Only cells of these kinds; all unless given.
+        minutes: No cell is begun after so many.
+
+    Raises:
+        RecipeError: the folder belongs to another study.
+    """
+    folder = StudyFolder(recipe, load_suite(recipe.tasks))
+    for cell in folder.cells:  # What failed is tried again, once a start.
+        (folder.folder(cell.name) / "failure.json").unlink(missing_ok=True)
+    deadline = None if minutes is None else time.time() + 60 * minutes
+    try:
+        while _run_worker(folder, kinds, deadline):
+            pass
+    finally:
+        write_results(folder.gather(), folder.output / "results")
+    return folder.progress()
+
+
+def _run_worker(folder: StudyFolder, kinds: Sequence[str], deadline: float | None) -> bool:
+    """Whether a worker died at a cell, so that another must go on."""
+    command = [sys.executable, "-m", "manyicl.study.worker", str(folder.output), ",".join(kinds), str(deadline or "")]
+    with subprocess.Popen(command) as worker:
+        try:
+            code = worker.wait()
+        except BaseException:
+            worker.terminate()
+            raise
+    path = _worker_file(folder, worker.pid)
+    cell = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path.unlink(missing_ok=True)
+    if code == 0:
+        return False
+    if not cell or folder.status(cell) != "open":
+        raise ManyICLError(f"the worker of {folder.output} ended with code {code} outside a cell. Look at what it said above.")
+    reason = _STOPPED.get(signal.Signals(-code), f"ended by signal {-code}") if code < 0 else f"ended with code {code}"
+    logger.error("%s: its process was %s", cell, reason)
+    folder.write_failure(cell, f"its process was {reason}")
+    return True
+
+
+def _worker_file(folder: StudyFolder, process: int) -> Path:
+    """Where a worker process says which cell it is at."""
+    return folder.output / "workers" / f"{platform.node()}-{process}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

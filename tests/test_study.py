@@ -56,12 +56,258 @@ def make(tiny_model_folder, suite_folder, tmp_path):
     return build
 
 
+TINY = {"methods": ["in_context", "zero_shot", "all_answers", "classic"], "training_seeds": None, "num_snapshots": 2}
+FAST = TINY | {"forgetting": {}, "robustness": {}, "rates": SMALL["rates"] | {"values": [1e-3]}}
+
+
+def statuses(folder):
+    return {cell.name: folder.status(cell.name) for cell in folder.cells}
+
+
+def open_folder(recipe):
+    return StudyFolder(recipe, load_suite(recipe.tasks))
+
+
 @pytest.mark.slow
 def test_a_whole_study(make):
     recipe = make()
     progress = run_study(recipe)
     results = read_results(Path(recipe.output) / "results")
-    failed = {cell.cell: cell.error for cell in results.cells if cell.status == "failed"}
-    assert failed == {}
+    assert {cell.cell: cell.error for cell in results.cells if cell.status != "done"} == {}
     assert progress.done == progress.total == len(results.cells)
     assert set(results.claims["methods"]) == {*METHODS} - {"dedicated"}
+    assert results.claims["waiting"] == []
+    by_model = {facts.model: facts for facts in results.models}
+    ours, short = by_model["all_answers/seed-0"], by_model["zero_shot/seed-0"]
+    suite = load_suite(recipe.tasks)
+    for facts in (ours, short):
+        run = yaml.safe_load((Path(recipe.output) / "cells/train" / facts.model / "run/recipe.yaml").read_text())
+        summary = json.loads((Path(recipe.output) / "cells/train" / facts.model / "run/summary.json").read_text())
+        assert (facts.tokens, facts.answers, facts.updates) == (summary["tokens"], summary["answers"], summary["updates"])
+        assert recipe.budget_tokens <= facts.tokens < recipe.budget_tokens + 128
+        assert run["training"]["schedule"] == "constant_with_warmup"
+    assert short.target_answers == short.answers
+    last = by_model["last_answer/seed-0"]
+    assert last.target_answers == last.updates < last.answers  # One a row.
+    assert by_model["all_answers/seed-0/1of2"].tokens < ours.tokens
+    full = by_model["dedicated/speed/full"]
+    assert (full.num_examples, full.method) == (len(suite.tasks["speed"].train), "dedicated_full")
+    dedicated = [record for record in results.records if record.method == "dedicated_prefix"]
+    longest = [record for record in results.records if (record.model, record.task, record.shots) == ("base", "speed", "max")]
+    held = {record.seed: record.num_demonstrations for record in longest if not record.condition}
+    assert {record.seed: by_model[record.model].num_examples for record in dedicated if record.task == "speed"} == held
+    assert {facts.method for facts in results.corpora} == {"in_context", *recipe.joint_methods()}
+    chosen = Study(recipe, suite, open_folder(recipe).outcome).chosen_rate("all_answers")
+    assert ours.learning_rate == chosen
+
+
+def test_held_out_tasks_choose_nothing(make):
+    """What is chosen before the first held-out evaluation is all that is chosen: cells of those tasks need no other of them."""
+    recipe = make()
+    suite = load_suite(recipe.tasks)
+    for cell in list_cells(recipe, suite):
+        for needed in cell.needs:
+            assert not any(needed.endswith(f"/{task}") or f"/{task}/" in needed for task in suite.held_out), (cell.name, needed)
+
+
+def test_a_stopped_study_goes_on_and_does_nothing_twice(make, monkeypatch):
+    recipe = make(**FAST)
+    calls = count_calls(monkeypatch, Study, "run")
+    work(recipe, kinds=["rate"])
+    done = [cell.name for _, cell in calls]
+    assert done == [name for name, status in statuses(open_folder(recipe)).items() if status == "done"]
+    assert {name.partition("/")[0] for name in done} == {"rate"}
+    work(recipe)
+    assert [cell.name for _, cell in calls] == [cell.name for cell in open_folder(recipe).cells]
+    assert set(statuses(open_folder(recipe)).values()) == {"done"}
+    work(recipe)
+    assert len(calls) == len(open_folder(recipe).cells)
+
+
+def test_after_the_deadline_no_cell_is_begun(make):
+    recipe = make(**FAST)
+    work(recipe, deadline=time.time() - 1)
+    assert set(statuses(open_folder(recipe)).values()) == {"open"}
+
+
+def test_a_failure_is_recorded_what_needs_it_waits_and_the_rest_goes_on(make, monkeypatch):
+    recipe = make(**FAST)
+    original = Study._search_rate
+
+    def failing(self, cell):
+        if cell.method == "zero_shot":
+            raise MemoryError("64 GB")
+        return original(self, cell)
+
+    monkeypatch.setattr(Study, "_search_rate", failing)
+    work(recipe)
+    folder = open_folder(recipe)
+    found = statuses(folder)
+    assert {name for name, status in found.items() if status == "failed"} == {"rate/zero_shot/0.001"}
+    waiting = {name for name, status in found.items() if status == "open"}
+    assert waiting == {name for name in found if "zero_shot" in name} - {"rate/zero_shot/0.001"}
+    cells = {cell.cell: cell for cell in folder.gather().cells}
+    assert cells["rate/zero_shot/0.001"].error == "MemoryError: 64 GB"
+    assert cells["train/all_answers/seed-0"].status == "done"
+
+
+def test_two_processes_share_a_folder_and_do_no_cell_twice(make, monkeypatch):
+    recipe = make(**FAST)
+    folder = open_folder(recipe)
+    taken = "rate/zero_shot/0.001"
+    calls = count_calls(monkeypatch, Study, "run")
+    with folder.lock(taken) as is_ours:
+        assert is_ours
+        with folder.lock(taken) as is_ours_too:
+            assert not is_ours_too
+    code = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1], timeout=0); lock.acquire(); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder.folder(taken) / "lock")], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        work(recipe, kinds=["rate"], deadline=time.time() + 3)
+        assert taken not in [cell.name for _, cell in calls]
+        assert "rate/all_answers/0.001" in [cell.name for _, cell in calls]
+    finally:
+        holder.kill()
+        holder.communicate()
+    work(recipe, kinds=["rate"])
+    assert [cell.name for _, cell in calls].count(taken) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told_from_its_exit_and_another_goes_on(make):
+    """The worker is killed in its first training; that cell is recorded as failed, and the next start does it."""
+    recipe = make(**FAST, training=SMALL["training"] | {"episodes": {"max_tokens": 400}}, budget_tokens=4000)
+    output = Path(recipe.output)
+    code = "import sys; from manyicl.study.runner import run_study; from manyicl.study.recipe import StudyRecipe; "
+    code += "run_study(StudyRecipe.model_validate_json(sys.stdin.read()))"
+    runner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    runner.stdin.write(recipe.model_dump_json().encode())
+    runner.stdin.close()
+    deadline = time.time() + 120
+    while not (found := [path for path in output.glob("workers/*") if path.read_text().startswith("train/")]):
+        assert time.time() < deadline
+        assert runner.poll() is None
+        time.sleep(0.02)
+    victim = int(found[0].name.rpartition("-")[2])
+    cell = found[0].read_text()
+    os.kill(victim, signal.SIGKILL)
+    assert runner.wait(timeout=240) == 0
+    results = read_results(output / "results")
+    errors = {each.cell: each.error for each in results.cells if each.status == "failed"}
+    assert errors == {cell: "its process was killed by the system, which does so when memory runs out"}
+    assert run_study(recipe).failed == 0
+    assert set(statuses(open_folder(recipe)).values()) == {"done"}
+
+
+def test_results_of_another_recipe_and_changed_examples_are_refused(make, suite_folder):
+    recipe = make(**FAST)
+    open_folder(recipe)
+    with pytest.raises(RecipeError, match=r"holds the results of another recipe \(budget_tokens, seed differ\)"):
+        open_folder(recipe.model_copy(update={"budget_tokens": 700, "seed": 3}))
+    rows = Path(recipe.tasks) / "speed" / "test.jsonl"
+    rows.write_text(rows.read_text().replace("speed 25", "speed 2500"), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"the examples of speed have changed"):
+        open_folder(recipe)
+
+
+def test_a_record_that_was_torn_is_made_again_and_nothing_else(make):
+    recipe = make(**FAST)
+    work(recipe, kinds=["rate"])
+    folder = open_folder(recipe).folder("rate/all_answers/0.001")
+    path = folder / "records.jsonl"
+    whole = [record.model_copy(update={"seconds": 0.0, "prefill_seconds": 0.0}) for record in read_records(path)]
+    path.write_bytes(path.read_bytes()[:-40])
+    (folder / "result.json").unlink()
+    stamp = (folder / "run" / "summary.json").stat().st_mtime_ns
+    work(recipe, kinds=["rate"])
+    again = [record.model_copy(update={"seconds": 0.0, "prefill_seconds": 0.0}) for record in read_records(path)]
+    assert again == whole
+    assert (folder / "run" / "summary.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"methods": ["all_anwsers"]}, r"methods names an unknown method 'all_anwsers'; the nearest is 'all_answers'"),
+        ({"robustness": {"methods": ["classic"]}}, r"robustness.methods names an unknown method 'classic'"),
+        ({"variants": {"x": {"method": "in_context", "change": {}}}}, r"variants.x.method names an unknown method 'in_context'"),
+        ({"budget": 3}, r"unknown key 'budget'; the nearest valid one is 'budget_tokens'"),
+        ({"training": {"episodes": {"max_token": 3}}}, r"training recipe of zero_shot: unknown key 'episodes.max_token'"),
+        ({"shots": []}, r"shots = \[\]"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(tmp_path, sections, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_study_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"meta_training": ["speed"]}}, r"method 'zero_shot' would train on speed, which is no meta-training task"),
+        ({"training": {"meta_training": ["colour", "mood"]}}, r"would train on mood"),
+        ({"robustness": {"tasks": ["mood"]}}, r"'mood' is a validation task"),
+        ({"dedicated": {"overtaking_tasks": ["quickness"]}}, r"names task 'quickness', which suite .* does not have"),
+        (
+            {"held_out_family": {"family": "nli", "meta_training_without": ["colour"], "held_out": ["size"]}},
+            r"held_out_family evaluates size, which is trained on",
+        ),
+    ],
+)
+def test_a_study_that_would_train_on_what_it_reads_is_refused(make, sections, message):
+    recipe = make(**sections)
+    with pytest.raises(RecipeError, match=message):
+        list_cells(recipe, load_suite(recipe.tasks))
+
+
+def test_the_budget_is_counted_in_tokens_that_are_fed(make):
+    recipe = make()
+    suite = load_suite(recipe.tasks)
+    for method, in_a_row in (("all_answers", None), ("zero_shot", None), ("last_answer", 1)):
+        training = recipe.training_recipe(method)
+        updates = count_updates(training, suite, 600)
+        before, after = count_examples(training, suite, [updates - 1, updates])
+        assert before["tokens"] < 600 <= after["tokens"]
+        if in_a_row:
+            assert after["target_answers"] == updates
+        else:
+            assert after["target_answers"] == after["answers"] > updates
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({1e-4: 3.0, 1e-3: 5.0, 1e-2: 4.0}, None),
+        ({1e-4: 6.0, 1e-3: 5.0, 1e-2: 4.0}, 1e-4 / 3),
+        ({1e-4: 3.0, 1e-3: 5.0, 1e-2: 8.0}, 3e-2),
+        ({1e-4: 5.0, 1e-3: 5.0, 1e-2: 5.0}, 1e-4 / 3),
+        ({1e-3: 5.0}, None),
+    ],
+)
+def test_a_winning_edge_is_extended(scores, expected):
+    assert extended_rate(scores, 3.0) == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_command_shows_the_plan_and_then_does_it(make, tmp_path, run_cli):
+    recipe = make(**FAST | {"methods": ["in_context", "classic"]})
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    code, output, _ = run_cli("study", path, "--plan")
+    assert code == 0
+    assert "evaluate             2" in output
+    assert "4 cells left, 0 done" in output
+    code, output, errors = run_cli("study", path, "--kinds", "evaluation")
+    assert (code, "--kinds names 'evaluation', which is no kind of cell of this study (evaluate, classic)" in errors) == (2, True)
+    code, output, _ = run_cli("study", path)
+    assert code == 0
+    assert "4 of 4 cells done, 0 failed" in output
+    shutil.rmtree(Path(recipe.output) / "cells")
+    code, output, _ = run_cli("study", path, "--plan", "--output", tmp_path / "other")
+    assert "4 cells left, 0 done" in output
+    assert (tmp_path / "other" / "results" / "claims.json").is_file()

@@ -40,26 +40,30 @@ def evaluate_robustness(
     """
     if not task.labels:
         raise TaskError(f"task {task.name!r} has no label set; robustness is read on label tasks. Name others.")
-    num_shots = int(plan.shots[0])
     for condition in conditions:
-        name, _, value = condition.partition(":")
-        altered = replace(plan, condition=condition)
-        own: InContext = method
-        asked = task
-        if name == "order":
-            altered = replace(altered, arrange=partial(_ORDERS[value], num_shots, task))
-        elif name == "flipped":
-            altered = replace(altered, arrange=partial(flip_labels, num_shots, task, float(value)))
-        elif name == "symbols":
-            asked = use_symbols(task)
-        elif name == "nearest":
-            own = NearestDemonstrations(method.engine, name=method.name, num_shots=num_shots)
-        elif name == "context":
-            engine = NativeEngine(method.engine.loaded, method.engine.encoder, context_tokens=int(value))
-            own, altered = InContext(engine, name=method.name), replace(altered, shots=("max",))
-        else:
-            raise TaskError(f"condition {condition!r} is unknown. Use order:, flipped:, symbols, nearest or context:.")
+        own, asked, altered = _alter(condition, method, task, plan)
         yield from evaluate_task(own, asked, role, plan=altered, writer=writer)
+
+
+def _alter(condition: str, method: InContext, task: Task, plan: Plan) -> tuple[InContext, Task, Plan]:
+    """The method, the task and the plan under a condition."""
+    name, _, value = condition.partition(":")
+    num_shots = int(plan.shots[0])
+    plan = replace(plan, condition=condition)
+    if name == "order" and value in _ORDERS:
+        return method, task, replace(plan, arrange=partial(_ORDERS[value], num_shots, task))
+    if name == "flipped":
+        return method, task, replace(plan, arrange=partial(flip_labels, num_shots, task, float(value)))
+    if name == "symbols":
+        return method, use_symbols(task), plan
+    if name == "nearest":
+        return NearestDemonstrations(method.engine, name=method.name, num_shots=num_shots), task, plan
+    if name == "context":
+        engine = NativeEngine(method.engine.loaded, method.engine.encoder, context_tokens=int(value))
+        return InContext(engine, name=method.name), task, replace(plan, shots=("max",))
+    raise TaskError(
+        f"condition {condition!r} is unknown. Use order:{'|'.join(_ORDERS)}, flipped:SHARE, symbols, nearest or context:TOKENS."
+    )
 
 
 def _keep_order(num_shots: int, task: Task, order: list[Example], seed: int) -> list[Example]:

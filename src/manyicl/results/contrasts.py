@@ -10,6 +10,7 @@ taken draw by draw. Differences over training seeds are none of this: they are s
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from manyicl.records import EvaluationRecord, Shots
 
 NUM_DRAWS = 2000
 CONFIDENCE = 0.95
+_LEAST_DEFINED = 0.99
 Floats = npt.NDArray[np.float64]
 
 
@@ -41,14 +43,11 @@ class Estimate:
     high: float
     num_tasks: int
 
-    def as_json(self) -> dict[str, float | int]:
-        """Rounded to thousandths, so that files compare."""
-        return {
-            "value": round(self.value, 3),
-            "low": round(self.low, 3),
-            "high": round(self.high, 3),
-            "num_tasks": self.num_tasks,
-        }
+    def as_json(self) -> dict[str, float | int | None]:
+        """Rounded to thousandths, so that files compare; None for what is undefined."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        rounded = {name: None if math.isnan(number) else round(number, 3) for name, number in numbers.items()}
+        return rounded | {"num_tasks": self.num_tasks}
 
 
 TaskTerms = Mapping[str, Sequence[Term]]
@@ -215,7 +214,15 @@ def verdict(found: Estimate) -> str:
 
 
 def ratio_estimate(numerator: TaskTerms, denominator: TaskTerms) -> Estimate:
-    """The ratio of two contrasts of the same tasks, with its interval from paired draws; no points but a share."""
-    draws = headline_draws(numerator) / headline_draws(denominator)
-    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(headline_value(numerator) / headline_value(denominator), float(low), float(high), len(numerator))
+    """The ratio of two contrasts of the same tasks, with its interval from paired draws; no points but a share.
+
+    A draw whose denominator is not above zero has no ratio. Where more than one in a hundred has none, neither has the interval
+    ends (nan).
+    """
+    above, below = headline_draws(numerator), headline_draws(denominator)
+    defined = below > 0
+    low, high = float("nan"), float("nan")
+    if defined.mean() >= _LEAST_DEFINED:
+        low, high = np.quantile(above[defined] / below[defined], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    whole = headline_value(denominator)
+    return Estimate(headline_value(numerator) / whole if whole > 0 else float("nan"), float(low), float(high), len(numerator))

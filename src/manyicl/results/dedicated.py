@@ -40,8 +40,10 @@ def dedicated_claim(cells: Cells, ours: str, best_shots: Shots) -> dict[str, Any
         "not_learnt": {name: round(_gain_over_majority(cells.of_method(FULL, name)), 3) for name in tasks if name not in learnt},
         "best_shots": best_shots,
     }
+    if not learnt:
+        return claim
     own, base = terms_at(cells, learnt, [(1.0, ours, best_shots)]), terms_at(cells, learnt, [(1.0, BASE, 0)])
-    if not learnt or not own or not base:
+    if not own or not base:
         return None
     for method in (PREFIX, FULL):
         dedicated = {name: [Term(1.0, cells.of_method(method, name))] for name in learnt}

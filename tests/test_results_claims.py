@@ -1,0 +1,179 @@
+"""Claims from made-up records: what is read where, which verdicts follow, and that held-out tasks choose nothing."""
+
+import numpy as np
+import pytest
+
+from manyicl.errors import RecordsError
+from manyicl.results.claims import make_claims
+from manyicl.results.files import CorpusFacts, ModelFacts, StudyResults, read_results, write_results
+from manyicl.results.forgetting_card import change_of_bits
+from test_results_contrasts import make
+
+SHOTS = [0, 4, "max"]
+TASKS = {
+    "v1": ("validation", "classification"),
+    "h1": ("held_out", "classification"),
+    "h2": ("held_out", "nli"),
+    "m": ("held_out", "math"),
+}
+
+
+def grid(model, method, right_by_shots, *, tasks=TASKS, seeds=2):
+    """Records on every task: so many of ten queries right at each number of shots."""
+    return [
+        make(
+            task,
+            family=family,
+            role=role,
+            model=model,
+            method=method,
+            shots=shots,
+            seed=seed,
+            right=range(right_by_shots[role][shots] if isinstance(right_by_shots, dict) and role in right_by_shots else 0),
+        )
+        for task, (role, family) in tasks.items()
+        for shots in SHOTS
+        for seed in range(seeds)
+    ]
+
+
+def facts(method, *, model=None, **fields):
+    content = {"model": model or f"{method}/seed-0", "method": method, "training_seed": 0, "learning_rate": 1e-3, "updates": 10}
+    content |= {"tokens": 1000, "answers": 50, "target_answers": 50, "seconds": 9.0, "peak_memory_bytes": 1, "is_final": True}
+    return ModelFacts.model_validate(content | fields)
+
+
+@pytest.fixture
+def results():
+    """Ours is best at 4 shots by the validation tasks, though held-out tasks would say max; few-shot tuning at 0."""
+    plain = {"validation": {0: 5, 4: 5, "max": 6}, "held_out": {0: 2, 4: 3, "max": 4}}
+    ours = {"validation": {0: 5, 4: 9, "max": 8}, "held_out": {0: 4, 4: 8, "max": 9}}
+    few = {"validation": {0: 7, 4: 6, "max": 5}, "held_out": {0: 5, 4: 6, "max": 9}}
+    worse = {"validation": {0: 6, 4: 6, "max": 5}, "held_out": {0: 9, 4: 9, "max": 9}}
+    records = grid("base", "in_context", plain) + grid("all_answers/seed-0", "all_answers", ours)
+    records += grid("few_shot_5/seed-0", "few_shot_5", few) + grid("few_shot_16/seed-0", "few_shot_16", worse)
+    models = [facts("all_answers"), facts("few_shot_5"), facts("few_shot_16")]
+    return StudyResults(recipe={"shots": SHOTS}, records=records, models=models, corpora=[], cells=[])
+
+
+def test_each_method_is_read_at_the_shots_that_validation_tasks_choose(results):
+    claims = make_claims(results)
+    assert {name: method["best_shots"] for name, method in claims["methods"].items()} == {
+        "in_context": "max",
+        "all_answers": 4,
+        "few_shot_5": 0,
+        "few_shot_16": 0,
+    }
+    assert claims["few_shot_variant"] == "few_shot_5"  # The other is better on held-out tasks, which choose nothing.
+    found = claims["claims"]["beats_few_shot"]
+    assert found["against"] == "few_shot_5"
+    assert found["best_shots"] == {"all_answers": 4, "few_shot_5": 0}
+    assert found["at_best_shots"]["value"] == pytest.approx(30.0)
+    assert found["at_max"]["value"] == pytest.approx(0.0)
+    assert found["at_best_shots"]["num_tasks"] == 2  # Without math.
+    assert set(found["by_task"]) == {"h1", "h2"}
+    assert (found["aim"], found["verdict"]) == (5.0, "holds")
+
+
+def test_what_waits_for_cells_is_named(results):
+    claims = make_claims(results)
+    assert claims["waiting"] == ["approaches_dedicated", "beats_last_answer", "beats_zero_shot", "forgets_less"]
+    partial = results.model_copy(update={"records": [record for record in results.records if record.role == "validation"]})
+    assert "beats_few_shot" in make_claims(partial)["waiting"]
+    assert make_claims(results.model_copy(update={"records": [], "models": []}))["methods"] == {}
+
+
+def test_math_is_apart_and_the_worst_order_is_shown(results):
+    records = [
+        make("h1", model="all_answers/seed-0", method="all_answers", shots=4, seed=1, right=range(2))
+        if (record.task, record.model, record.shots, record.seed) == ("h1", "all_answers/seed-0", 4, 1)
+        else record
+        for record in results.records
+    ]
+    method = make_claims(results.model_copy(update={"records": records}))["methods"]["all_answers"]
+    assert method["held_out"]["4"]["value"] == pytest.approx(((80 + 20) / 2 + 80) / 2)
+    assert method["worst_order"] == pytest.approx((20 + 80) / 2)
+    assert method["math"]["4"]["num_tasks"] == 1
+
+
+def test_slopes_are_points_per_doubling(results):
+    """4 and 9 demonstrations (max): the slope is the difference over log2(9 / 4)."""
+    slopes = make_claims(results)["claims"]["more_shots_help"]
+    assert slopes["all_answers"]["value"] == pytest.approx(10 / np.log2(9 / 4), abs=1e-3)
+    assert slopes["difference"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert slopes["verdict"] == "not shown"
+
+
+def test_dedicated_counts_where_it_learns_the_task(results):
+    full = [make("h1", method="dedicated_full", model="d/h1", shots=0, right=range(10))]  # 50 points over the majority.
+    full += [make("h2", family="nli", method="dedicated_full", model="d/h2", shots=0, right=range(5))]  # None over it.
+    prefix = [
+        make(task, family=family, method="dedicated_prefix", model=f"d/{task}/{seed}", shots=0, seed=seed, right=range(9))
+        for task, family in (("h1", "classification"), ("h2", "nli"))
+        for seed in range(2)
+    ]
+    claim = make_claims(results.model_copy(update={"records": results.records + full + prefix}))["claims"]["approaches_dedicated"]
+    assert claim["tasks"] == ["h1"]
+    assert claim["not_learnt"] == {"h2": 0.0}
+    assert claim["dedicated_full"]["difference"]["value"] == pytest.approx(80 - 100)
+    assert claim["dedicated_prefix"]["difference"]["value"] == pytest.approx(80 - 90)
+    assert claim["dedicated_full"]["share_of_gain"]["value"] == pytest.approx((80 - 20) / (100 - 20))
+
+
+def test_training_seeds_and_snapshots_are_shown_beside(results):
+    second = grid("all_answers/seed-1", "all_answers", {"validation": {0: 5, 4: 5, "max": 5}, "held_out": {0: 1, 4: 1, "max": 7}})
+    early = grid(
+        "all_answers/seed-0/1of2", "all_answers", {"validation": {0: 0, 4: 0, "max": 0}, "held_out": {0: 1, 4: 6, "max": 5}}
+    )
+    models = [
+        *results.models,
+        facts("all_answers", model="all_answers/seed-1", training_seed=1),
+        facts("all_answers", model="all_answers/seed-0/1of2", is_final=False, updates=5, tokens=500, seconds=4.0),
+    ]
+    claims = make_claims(results.model_copy(update={"records": results.records + second + early, "models": models}))
+    assert claims["training_seeds"] == {"all_answers": {"0": {"0": 40.0, "1": 10.0}, "max": {"0": 90.0, "1": 70.0}}}
+    curve = claims["budget_curves"]["all_answers"]
+    assert [(point["updates"], point["seconds"], point["at_best_shots"]["value"]) for point in curve] == [
+        (5, 4.0, 60.0),
+        (10, 9.0, 80.0),
+    ]
+
+
+def test_the_forgetting_card(results):
+    def text(model, method, bits):
+        return CorpusFacts(model=model, method=method, corpus="c.txt", num_bytes=100, window_bits=bits)
+
+    corpora = [text("base", "in_context", [50.0, 50.0]), text("all_answers/seed-0", "all_answers", [51.0, 51.0])]
+    corpora += [text("few_shot_5/seed-0", "few_shot_5", [54.0, 58.0]), text("few_shot_16/seed-0", "few_shot_16", [49.0, 49.0])]
+    card = make_claims(results.model_copy(update={"corpora": corpora}))["claims"]["forgets_less"]
+    assert card["base_bits_per_byte"] == {"c.txt": 1.0}
+    changes = {entry["method"]: entry["bits_per_byte_change"]["c.txt"]["value"] for entry in card["models"]}
+    assert changes == pytest.approx({"all_answers": 0.02, "few_shot_5": 0.12, "few_shot_16": -0.02})
+    assert card["ours_less_other"]["few_shot_5"]["c.txt"] == pytest.approx({"value": -0.1, "low": -0.14, "high": -0.06})
+    assert card["verdicts"] == {"few_shot_5": "holds", "few_shot_16": "fails"}
+
+
+def test_bits_are_paired_by_window():
+    draw = np.random.default_rng(0)
+    bits = draw.uniform(100, 900, 50)
+    left = CorpusFacts(model="a", method="a", corpus="c", num_bytes=1000, window_bits=list(bits + 1.0))
+    right = CorpusFacts(model="b", method="b", corpus="c", num_bytes=1000, window_bits=list(bits))
+    assert change_of_bits(left, right) == pytest.approx({"value": 0.05, "low": 0.05, "high": 0.05})
+
+
+def test_results_are_read_as_they_were_written(results, tmp_path):
+    whole = results.model_copy(update={"claims": make_claims(results)})
+    write_results(whole, tmp_path)
+    assert read_results(tmp_path) == whole
+    first = (tmp_path / "records.jsonl.gz").read_bytes()
+    write_results(whole, tmp_path)
+    assert (tmp_path / "records.jsonl.gz").read_bytes() == first
+
+
+def test_a_folder_without_results_and_a_broken_file_are_errors(results, tmp_path):
+    with pytest.raises(RecordsError, match=r"holds no study\.yaml"):
+        read_results(tmp_path)
+    write_results(results, tmp_path)
+    (tmp_path / "models.json").write_text('[{"model": 1}]', encoding="utf-8")
+    with pytest.raises(RecordsError, match=r"models\.json: is no list of ModelFacts"):
+        read_results(tmp_path)

@@ -22,6 +22,7 @@ from manyicl import errors
 from manyicl.cli import app
 from manyicl.config import Recipe
 from manyicl.records import EvaluationRecord, QueryScores
+from manyicl.study.recipe import FamilyConfig, SeedsConfig, StudyRecipe
 from manyicl.tasks.descriptions import HubSource, TaskFile
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def show(value: object) -> str:
     """A default as YAML writes it."""
     if value is None or value == ():
         return "none"
-    return f"`{yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip() or chr(39) * 2}`"
+    return f"`{yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix('...' + chr(10)).strip() or chr(39) * 2}`"
 
 
 def show_type(field: FieldInfo) -> str:
@@ -219,6 +220,11 @@ def test_python_that_is_wrong_is_caught() -> None:
 
 def test_recipe_reference_holds_every_key() -> None:
     assert_rows("recipe.md", key_rows(Recipe))
+
+
+def test_study_reference_holds_every_key() -> None:
+    rows = key_rows(StudyRecipe) + key_rows(FamilyConfig, "held_out_family.") + key_rows(SeedsConfig, "training_seeds.")
+    assert_rows("study-recipe.md", rows)
 
 
 def test_task_reference_holds_every_key() -> None:

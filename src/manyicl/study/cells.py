@@ -184,7 +184,7 @@ def _dedicated_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
     rates = [
         Cell(f"dedicated-rate/{task}/{rate_name(rate)}", (), "dedicated_full", task, {"rate": rate, "examples": "full"})
         for task in suite.validation
-        for rate in recipe.dedicated.learning_rate_values
+        for rate in recipe.dedicated.rates
     ]
     yield from rates
     needs = tuple(cell.name for cell in rates)

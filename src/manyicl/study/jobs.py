@@ -191,7 +191,7 @@ class Study:
 
     def _dedicated_rate(self) -> float:
         """The rate with the highest mean score over dedicated models of the validation tasks, the lower one of equals."""
-        rates = sorted(self.recipe.dedicated.learning_rate_values)
+        rates = sorted(self.recipe.dedicated.rates)
         tasks = self.suite.validation
         scores = {
             rate: statistics.fmean(self.read(f"dedicated-rate/{task}/{rate_name(rate)}").facts["score"] for task in tasks)

@@ -54,7 +54,7 @@ class RatesConfig(_Section):
 class DedicatedConfig(_Section):
     """Dedicated tuning: one model per task and set of examples, without demonstrations."""
 
-    learning_rate_values: list[float] = Field([2e-4, 6e-4, 2e-3], min_length=1, description="Rates tried on validation tasks.")
+    rates: list[float] = Field([2e-4, 6e-4, 2e-3], min_length=1, description="Rates tried on validation tasks.")
     max_epochs: int = Field(10, ge=1, description="Passes over the examples, at most.")
     max_tokens: int = Field(200_000, ge=1, description="Tokens fed, at most.")
     patience: int = Field(2, ge=1, description="Stops after so many passes without a better loss on the fifth kept back.")

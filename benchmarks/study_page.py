@@ -1,0 +1,172 @@
+"""The page of a study: python benchmarks/study_page.py runs/study-small/results docs/results
+
+Copies the results, which hold no weights and no text of a task, to docs/results/study, and makes study.md beside it from them.
+Claims are computed anew from the records, by the code of the commit that is checked out.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from manyicl.files import write_text_atomic
+from manyicl.results.claims import make_claims
+from manyicl.results.files import StudyResults, read_results, write_results
+
+CLAIMS = {
+    "beats_few_shot": "beats few-shot fine-tuning",
+    "beats_zero_shot": "beats zero-shot fine-tuning",
+    "beats_last_answer": "beats many-shot tuning on the last answer",
+    "beats_base": "beats the model that was not tuned",
+}
+
+
+def points(found: dict[str, Any] | None) -> str:
+    """A value in points with its interval."""
+    if not found or found["value"] is None:
+        return "-"
+    if found["low"] is None:
+        return f"{found['value']:.1f} (no interval)"
+    return f"{found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
+
+
+def difference_lines(claims: dict[str, Any]) -> list[str]:
+    """Differences on held-out tasks, in points."""
+    lines = [
+        "| claim | each at its best shots | both at max | best shots | aim | verdict |",
+        "|---|---:|---:|---|---:|---|",
+    ]
+    for name, words in CLAIMS.items():
+        claim = claims.get(name)
+        if claim is None:
+            lines.append(f"| {words} | - | - | - | - | not evaluated yet |")
+            continue
+        shots = ", ".join(f"{method} {count}" for method, count in claim["best_shots"].items())
+        aim = "-" if claim["aim"] is None else f"+{claim['aim']:g}"
+        lines.append(
+            f"| {words} | {points(claim['at_best_shots'])} | {points(claim['at_max'])} | {shots} | {aim} | {claim['verdict']} |"
+        )
+    return lines
+
+
+def method_lines(methods: dict[str, Any], shots: list[Any]) -> list[str]:
+    """Each method's headline by shots, at its best shots, and its worst order."""
+    lines = [
+        f"| method | {' | '.join(str(count) for count in shots)} | best shots (validation) | worst order there |",
+        "|---|" + "---:|" * (len(shots) + 2),
+    ]
+    for name, method in methods.items():
+        values = [points(method["held_out"].get(str(count))) for count in shots]
+        worst = f"{method['worst_order']:.1f}" if "worst_order" in method else "-"
+        lines.append(f"| {name} | {' | '.join(values)} | {method['best_shots']} | {worst} |")
+    return lines
+
+
+def dedicated_lines(claim: dict[str, Any] | None) -> list[str]:
+    """Ours less dedicated tuning."""
+    if not claim or "dedicated_full" not in claim:
+        return ["Not evaluated yet." if not claim else "Dedicated tuning learnt none of the tasks."]
+    rows = {"dedicated_prefix": "the demonstrations of our prefix", "dedicated_full": "the whole train split"}
+    lines = [
+        f"On {', '.join(claim['tasks'])}, where dedicated tuning on the whole split is 5 points or more above the majority label.",
+        "",
+        "| dedicated tuning on | ours less it, points | share of its gain over the base at 0 shots |",
+        "|---|---:|---:|",
+    ]
+    for name, words in rows.items():
+        share = claim[name]["share_of_gain"]
+        shown = "-" if share["low"] is None else f"{share['value']:.2f} ({share['low']:.2f} to {share['high']:.2f})"
+        lines.append(f"| {words} | {points(claim[name]['difference'])} | {shown} |")
+    others = [f"{task} ({gain:+.1f})" for task, gain in claim["not_learnt"].items()]
+    return [*lines, "", f"Not learnt by it (points over the majority): {', '.join(others) or 'none'}."]
+
+
+def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
+    """Change of bits per byte of the final weights, and ours less each other method."""
+    if not card:
+        return ["Not evaluated yet."]
+    corpora = list(card["base_bits_per_byte"])
+    lines = [
+        f"| method | {' | '.join(f'{corpus}, change' for corpus in corpora)} | chat questions, points | ours forgets less |",
+        "|---|" + "---:|" * (len(corpora) + 1) + "---|",
+    ]
+    for entry in card["models"]:
+        if entry["is_final"] and entry["training_seed"] == 0:
+            changes = [entry["bits_per_byte_change"].get(corpus) for corpus in corpora]
+            shown = [f"{each['value']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})" if each else "-" for each in changes]
+            chat = "-" if entry["chat_change"] is None else f"{entry['chat_change']:+.1f}"
+            lines.append(f"| {entry['method']} | {' | '.join(shown)} | {chat} | {card['verdicts'].get(entry['method'], '')} |")
+    return lines
+
+
+def slope_lines(claim: dict[str, Any] | None) -> list[str]:
+    """Points per doubling of demonstrations."""
+    if not claim:
+        return ["Not evaluated yet."]
+    return [
+        f"Points per doubling of demonstrations: ours {points(claim['all_answers'])}, base {points(claim['in_context'])}, "
+        f"difference {points(claim['difference'])}. More shots help ours: {claim['verdict']}."
+    ]
+
+
+def progress_line(results: StudyResults) -> str:
+    """How far the study is."""
+    done = [cell for cell in results.cells if cell.status == "done"]
+    failed = sum(cell.status == "failed" for cell in results.cells)
+    hours = sum(cell.seconds for cell in done) / 3600
+    return f"{len(done)} of {len(results.cells)} cells are done, {failed} failed; {hours:.1f} hours of cells so far."
+
+
+def page(results: StudyResults) -> str:
+    """The whole page as Markdown."""
+    found, recipe = results.claims, results.recipe
+    claims = found["claims"]
+    versions = next((cell.versions for cell in results.cells if cell.versions), {})
+    return "\n".join(
+        [
+            "# The study: every method with the same budget",
+            "",
+            "Made by `manyicl study recipes/study-small.yaml` and `python benchmarks/study_page.py`; every number is in [study](study).",
+            f"{progress_line(results)} Two threads, no GPU; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
+            f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
+            "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
+            "interval of a bootstrap over tasks, queries and orders. Shots and rates are chosen on validation tasks.",
+            "",
+            "## Differences on held-out tasks",
+            "",
+            *difference_lines(claims),
+            "",
+            "## Methods by shots",
+            "",
+            *method_lines(found["methods"], recipe["shots"]),
+            "",
+            "## Against dedicated tuning",
+            "",
+            *dedicated_lines(claims.get("approaches_dedicated")),
+            "",
+            "## More shots",
+            "",
+            *slope_lines(claims.get("more_shots_help")),
+            "",
+            "## Forgetting",
+            "",
+            *forgetting_lines(claims.get("forgets_less")),
+            "",
+            "## What a reader must know",
+            "",
+            *(f"- {note}" for note in recipe["notes"]),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Copy the results and write the page."""
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    results = read_results(source)
+    results = results.model_copy(update={"claims": make_claims(results)})
+    write_results(results, target / "study")
+    write_text_atomic(target / "study.md", page(results))
+
+
+if __name__ == "__main__":
+    main()

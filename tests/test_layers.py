@@ -22,7 +22,6 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {"templates": (), "episodes": ("templates",), "selection": ()},
     3: {"encoding": (), "packing": ("encoding",), "inspection": ("packing",)},
     4: {
-        "objective": (),
         "checkpoints": (),
         "default_model": (),
         "modeling": ("default_model",),
@@ -30,6 +29,7 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
         "kernels": ("default_model",),
         "activations": (),
         "attention": ("kernels",),
+        "objective": ("attention",),
         "accelerators": ("modeling", "attention"),
         "planning": (),
         "process_group": (),
@@ -90,11 +90,18 @@ HOMES: dict[str, tuple[str, ...]] = {
     "safetensors": ("files", "modeling", "prefix"),
     "huggingface_hub": ("modeling",),
     "accelerate": ("arguments", "training"),
-    "filelock": ("default_model", "kernels", "prefix_store", "study"),
+    "filelock": ("default_model", "kernels", "prefix_store", "study", "serving"),
     "rich": ("inspection", "reporting"),
     "jinja2": ("reporting",),
-    "plotly": ("reporting",),
-    "typer": ("cli",),
+    "markupsafe": ("reporting",),
+    "typer": ("cli", "serving.commands"),
+    "fastapi": ("serving",),
+    "httpx": ("serving",),
+    "starlette": ("serving",),
+    "uvicorn": ("serving",),
+    "sqlalchemy": ("serving",),
+    "alembic": ("serving",),
+    "prometheus_client": ("serving",),
     "vllm": ("engines.vllm",),
     "lm_eval": ("lm_eval_adapter",),
 }
@@ -292,7 +299,13 @@ def test_every_imported_library_is_a_declared_dependency() -> None:
         for module, path in module_names().items()
         for name, _ in imported_names(path.read_text(encoding="utf-8"), module=module)
     }
-    renamed = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
+    renamed = {
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+        "huggingface_hub": "huggingface-hub",
+        "lm_eval": "lm-eval",
+        "prometheus_client": "prometheus-client",
+    }
     libraries = {renamed.get(name, name) for name in imported - sys.stdlib_module_names - {"manyicl"}}
     assert {"torch", "transformers", "pyyaml"} <= libraries
     assert libraries - declared == set()

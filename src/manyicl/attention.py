@@ -15,7 +15,8 @@ a model. Layers with soft-capping, attention sinks or an active sliding window t
 which is correct and slower. Without `branches` the call is handed to transformers' own attention.
 
 bf16 on a CPU goes through our kernel where it can run (`kernels/cpu_attention.py`), which reads shared and grouped keys in
-place; without `branches` only where attention is causal and nothing else, as in training, gradients included.
+place; without `branches` only where attention is causal and nothing else, as in training, gradients included. Rows in which
+several sequences are packed go through it sequence by sequence, so that no token meets those of another (`packed_arguments`).
 """
 
 from collections.abc import Sequence
@@ -78,6 +79,24 @@ def use_shared_prefix_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
+def packed_arguments(model: torch.nn.Module, episode: Tensor) -> dict[str, Any]:
+    """What a model is told beside positions of rows in which sequences are packed; nothing where transformers' mask serves.
+
+    Args:
+        episode: Number of the sequence that each token belongs to, [B, T]; each sequence is contiguous in its row.
+    """
+    config = getattr(model, "config", None)
+    in_bf16 = getattr(model, "dtype", None) == torch.bfloat16 or (
+        torch.is_autocast_enabled(episode.device.type) and torch.get_autocast_dtype(episode.device.type) == torch.bfloat16
+    )
+    ours = getattr(config, "_attn_implementation", "") == IMPLEMENTATION and episode.device.type == "cpu" and in_bf16
+    if not ours or not cpu_attention.is_available():
+        return {}
+    lengths = [row.unique_consecutive(return_counts=True)[1].tolist() for row in episode]
+    # A mask of four dimensions is passed through as it is; ours follows from `packed`, so this one only says "make none".
+    return {"packed": lengths, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+
+
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -88,8 +107,15 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention [B, L, H, D] of branches that share a prefix; the signature is that of transformers' attention interface."""
     branches: Branches | None = options.pop("branches", None)
+    packed: Sequence[Sequence[int]] | None = options.pop("packed", None)
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     plain = {name: options.get(name) for name in ("softcap", "s_aux")}
+    if packed is not None:
+        is_plain = all(value is None for value in plain.values()) and _attends_causally(module, query, key, options)
+        query, key, value = (_cast_as_autocast(states) for states in (query, key, value))
+        if is_plain and cpu_attention.can_attend(query, key, value, scaling):
+            return _attend_to_packed(query, key, value, packed, scaling).transpose(1, 2), None
+        attention_mask = _packed_mask(packed, options.get("sliding_window"))
     if branches is None:
         if any(value is not None for value in plain.values()):
             visible = _visible_without_branches(query, key, attention_mask)
@@ -120,16 +146,40 @@ def _is_causal_only(
     module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
     """Whether a call without branches is causal attention of a row to itself and nothing else, as in training."""
+    return attention_mask is None and _attends_causally(module, query, key, options)
+
+
+def _attends_causally(module: torch.nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
+    """Whether attention, its mask apart, is causal, of a row to itself, and nothing else."""
     is_causal = options.get("is_causal")
     window = options.get("sliding_window")
     return (
-        attention_mask is None
-        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and query.shape[2] == key.shape[2] > 1
         and (window is None or window >= key.shape[2])
         and not options.get("dropout")
         and all(options.get(name) is None for name in ("position_bias", "cache"))
     )
+
+
+def _attend_to_packed(query: Tensor, key: Tensor, value: Tensor, packed: Sequence[Sequence[int]], scaling: float) -> Tensor:
+    """Attention [B, H, T, D] of rows of sequences, each to itself."""
+    rows = []
+    for place, lengths in enumerate(packed):
+        # Split, not sliced: the gradient of a slice would be a whole row of zeros for each sequence.
+        parts = zip(*(each[place : place + 1].split(list(lengths), dim=2) for each in (query, key, value)), strict=True)
+        outputs = [cpu_attention.attention_forward(*part, is_causal=True, scaling=scaling)[0] for part in parts]
+        rows.append(torch.cat(outputs, dim=2))
+    return torch.cat(rows)
+
+
+def _packed_mask(packed: Sequence[Sequence[int]], window: int | None) -> Tensor:
+    """Which token of packed rows sees which, bool [B, 1, T, T]."""
+    numbers = torch.stack([torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) for lengths in packed])
+    places = torch.arange(numbers.shape[1])
+    distance = places[:, None] - places
+    visible = (numbers[:, :, None] == numbers[:, None]) & (distance >= 0)
+    return (visible if window is None else visible & (distance < window)).unsqueeze(1)
 
 
 def _cast_as_autocast(states: Tensor) -> Tensor:

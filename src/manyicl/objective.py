@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from manyicl.attention import packed_arguments
 from manyicl.config import ObjectiveConfig
 from manyicl.errors import BudgetError, RecipeError
 
@@ -172,6 +173,8 @@ def _token_losses(model: nn.Module, batch: Batch, kept: Tensor, targets: Tensor,
     # takes the fast causal kernel. A shard does not start at 0.
     if "episode" not in batch or bool((batch["episode"] != batch["episode"][:, :1]).any()):
         arguments["position_ids"] = batch["position_ids"]
+        if "episode" in batch:
+            arguments |= packed_arguments(_unwrap(model), batch["episode"])
     if not in_head:
         logits = model(**arguments).logits.float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

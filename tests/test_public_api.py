@@ -48,7 +48,21 @@ PUBLIC = [
     "score_labels",
     "train",
 ]
-COMMANDS = ["train", "evaluate", "predict", "corpus", "inspect", "plan", "export", "tasks"]
+COMMANDS = [
+    "train",
+    "evaluate",
+    "predict",
+    "corpus",
+    "inspect",
+    "plan",
+    "study",
+    "export",
+    "report",
+    "card",
+    "serve",
+    "tasks",
+    "keys",
+]
 MAX_CPU_SECONDS = 0.5
 
 _THEN_HEAVY = "import sys; print([name for name in ('torch', 'transformers') if name in sys.modules])"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from manyicl.errors import ManyICLError, UserInputError
+from manyicl.serving.commands import add_commands
 
 if TYPE_CHECKING:
     from manyicl.records import Shots
@@ -221,8 +222,34 @@ def export(
     typer.echo(f"written to {output}")
 
 
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="The folder `results` of a study.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The report, one HTML file.")] = "report.html",
+) -> None:
+    """Write a study's report: one HTML file that needs no network."""
+    from manyicl.reporting.html import write_report
+
+    found = write_report(results, Path(output))
+    typer.echo(f"{len(found.records)} records, {len(found.cells)} cells; written to {output}")
+
+
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    records: Annotated[Optional[list[Path]], typer.Option(help="Records of its evaluation; may be given again.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Option(help="The run's name in the records; its folder unless given.")] = None,  # noqa: UP045
+) -> None:
+    """Write a run's model card, README.md, as the Hugging Face Hub reads it."""
+    from manyicl.records import merge_records
+    from manyicl.reporting.model_card import write_model_card
+
+    typer.echo(f"written to {write_model_card(run, merge_records(records or []), model=model)}")
+
+
 tasks_app = typer.Typer(no_args_is_help=True, help="List, show and check tasks.")
 app.add_typer(tasks_app, name="tasks")
+add_commands(app)
 
 
 @tasks_app.command("list")

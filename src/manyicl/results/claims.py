@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from manyicl.records import EvaluationRecord, Shots, shot_order
-from manyicl.results.contrasts import Cells, TaskTerms, Term, estimate, headline_value, task_estimate, terms_at, verdict
+from manyicl.results.contrasts import (
+    Cells,
+    TaskTerms,
+    Term,
+    estimate,
+    headline_value,
+    task_estimate,
+    terms_at,
+    verdict,
+    worst_order,
+)
 from manyicl.results.dedicated import dedicated_claim, overtaking
 from manyicl.results.files import BASE, ModelFacts, StudyResults
 from manyicl.results.forgetting_card import forgetting_card
@@ -125,18 +135,8 @@ def method_summary(cells: Cells, reading: Reading, shots: Sequence[Shots]) -> di
         curve = {count: terms for count in shots if (terms := terms_at(cells, tasks, [(1.0, reading.model, count)])) and tasks}
         summary[name] = {str(count): estimate(terms).as_json() for count, terms in curve.items()}
         if reading.best_shots in curve and not is_math:
-            summary["worst_order"] = round(_worst_order(curve[reading.best_shots]), 3)
+            summary["worst_order"] = round(worst_order(curve[reading.best_shots]), 3)
     return summary
-
-
-def _worst_order(tasks: TaskTerms) -> float:
-    """The headline of the worst order of demonstrations, in points."""
-    num_orders = min(len(term.records) for terms in tasks.values() for term in terms)
-    by_order = (
-        {task: [Term(term.weight, [term.records[order]]) for term in terms] for task, terms in tasks.items()}
-        for order in range(num_orders)
-    )
-    return min(headline_value(order) for order in by_order)
 
 
 def compare_slopes(cells: Cells, readings: Mapping[str, Reading], shots: Sequence[Shots]) -> dict[str, Any] | None:
@@ -227,8 +227,8 @@ def family_claim(results: StudyResults, cells: Cells, few_shot: Reading | None) 
     """Ours against few-shot tuning where a whole family was left out of the training, at max."""
     finals = {facts.method: facts.model for facts in results.models if facts.is_final and facts.setting == "family"}
     setting = results.recipe.get("held_out_family") or {}
-    other = next((name for name in FEW_SHOT if name in finals), None)
-    if OURS not in finals or other is None or few_shot is None:
+    other = few_shot.method if few_shot else ""
+    if OURS not in finals or other not in finals:
         return None
     terms = terms_at(cells, setting.get("held_out", []), [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
     if not terms:

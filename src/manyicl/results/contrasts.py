@@ -226,3 +226,13 @@ def ratio_estimate(numerator: TaskTerms, denominator: TaskTerms) -> Estimate:
         low, high = np.quantile(above[defined] / below[defined], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     whole = headline_value(denominator)
     return Estimate(headline_value(numerator) / whole if whole > 0 else float("nan"), float(low), float(high), len(numerator))
+
+
+def worst_order(tasks: TaskTerms) -> float:
+    """The headline of the worst order of demonstrations, in points; orders that not all cells have are left out."""
+    num_orders = min(len(term.records) for terms in tasks.values() for term in terms)
+    by_order = (
+        {task: [Term(term.weight, [term.records[order]]) for term in terms] for task, terms in tasks.items()}
+        for order in range(num_orders)
+    )
+    return min(headline_value(order) for order in by_order)

@@ -1,0 +1,212 @@
+"""A study's results -> one self-contained HTML file, readable offline, which asks the network for nothing.
+
+In: the folder that `manyicl study` has written its results to. Out: text. What is missing is named as open; nothing is guessed.
+Everything that comes from files is escaped, and scripts other than the page's own are refused by its content security policy.
+"""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from manyicl.errors import UserInputError
+from manyicl.files import write_text_atomic
+from manyicl.reporting import curves, effects
+from manyicl.reporting.answers import answer, claims_table, forgetting_sentence, forgetting_table
+from manyicl.reporting.charts import swatch
+from manyicl.reporting.costs import budget_curves, failures, training_costs, work
+from manyicl.reporting.curves import Figure
+from manyicl.reporting.findings import Findings, demonstrations_at_max
+from manyicl.results.files import StudyResults, read_results
+
+try:
+    import jinja2
+except ImportError as error:
+    raise UserInputError("Jinja2 is not installed. Type: pip install 'manyicl[report]'") from error
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report; without figures, `open` says what it waits for.
+
+    Attributes:
+        figures: Those that can be drawn so far.
+    """
+
+    key: str
+    title: str
+    open: str
+    figures: Sequence[Figure]
+    paragraphs: Sequence[str] = field(default_factory=tuple)
+
+
+def write_report(folder: Path, output: Path) -> StudyResults:
+    """Write the report of a folder of results, in one step.
+
+    Raises:
+        RecordsError: the folder holds no results of a study, or broken ones.
+        StorageError: `output` cannot be written.
+    """
+    results = read_results(folder)
+    command = shlex.join(["manyicl", "report", str(folder), "--output", str(output)])
+    write_text_atomic(output, render_report(results, command=command))
+    return results
+
+
+def render_report(results: StudyResults, *, command: str = "") -> str:
+    """The report as HTML.
+
+    Args:
+        command: What was typed to make it.
+    """
+    findings = Findings(results)
+    style, script = _asset("report.css"), _asset("report.js")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("manyicl.reporting", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2").render(
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+        answer=answer(findings),
+        claims=claims_table(findings),
+        sections=[section for section in sections(findings) if section.figures or section.open],
+        swatch=swatch,
+        facts=_facts(findings),
+        notes=_notes(findings),
+        recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
+        commands=[*_study_commands(results), *([command] if command else [])],
+        versions=_versions(results),
+    )
+
+
+def sections(findings: Findings) -> list[Section]:
+    """The parts of the report after the claims, in reading order."""
+    forgetting = forgetting_table(findings)
+    against = forgetting and Figure(
+        "forgets-less",
+        "Ours against each other method",
+        "Difference in bits per byte after whole budgets, equal in tokens; below zero ours forgets less.",
+        forgetting,
+        is_table_open=True,
+    )
+    parts: list[tuple[str, str, str, Sequence[Figure | None], Sequence[str]]] = [
+        (
+            "shots",
+            "Shots",
+            "no method is evaluated on all held-out tasks at any number of shots.",
+            [curves.shot_curves(findings), curves.family_curves(findings)],
+            _max_words(findings),
+        ),
+        (
+            "tasks",
+            "Tasks",
+            "no held-out task is evaluated.",
+            [curves.task_differences(findings), curves.task_table(findings)],
+            (),
+        ),
+        (
+            "forgetting",
+            "Forgetting",
+            "bits per byte of plain text are not measured for a tuned model and the model that is not tuned.",
+            [effects.forgetting_against_gain(findings), against or None],
+            [sentence] if (sentence := forgetting_sentence(findings)) else (),
+        ),
+        ("budget", "Budget", "no snapshot is evaluated on all held-out tasks.", [budget_curves(findings)], ()),
+        (
+            "robustness",
+            "Robustness",
+            "no altered demonstrations are evaluated for all methods on a task.",
+            [effects.robustness(findings)],
+            (),
+        ),
+        (
+            "dedicated",
+            "Dedicated tuning",
+            "dedicated models are not evaluated on all held-out tasks, nor several sizes of them on one.",
+            [effects.dedicated_differences(findings), effects.overtaking(findings)],
+            (),
+        ),
+        ("seeds", "Training seeds", "no method is tuned with several seeds.", [effects.training_seeds(findings)], ()),
+        ("family", "A family left out", "this setting is not evaluated.", [effects.left_out_family(findings)], ()),
+        (
+            "costs",
+            "Costs",
+            "nothing is tuned.",
+            [training_costs(findings), work(findings), failures(findings.results.cells)],
+            (),
+        ),
+    ]
+    return [
+        Section(key, title, "" if any(figures) else waiting, [figure for figure in figures if figure], paragraphs)
+        for key, title, waiting, figures, paragraphs in parts
+    ]
+
+
+def _asset(name: str) -> str:
+    return resources.files("manyicl.reporting").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """A content security policy: nothing is fetched, and no style or script runs but these."""
+    return f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _max_words(findings: Findings) -> Sequence[str]:
+    found = demonstrations_at_max(findings.results.records)
+    context = findings.recipe.get("context_tokens")
+    if found is None:
+        return ()
+    room = f" in {context:,} tokens" if context else ""
+    return [f"max is what fits{room}: {found[0]:,} to {found[1]:,} demonstrations, depending on task and order."]
+
+
+def _facts(findings: Findings) -> list[str]:
+    """What was compared on what, in words."""
+    recipe, families = findings.recipe, findings.families()
+    facts = [f"Model: {recipe['model']}."] if recipe.get("model") else []
+    if families:
+        num_tasks = sum(map(len, families.values()))
+        facts.append(f"{num_tasks} held-out tasks in {len(families)} families; math is reported and is in no headline.")
+    if recipe.get("budget_tokens"):
+        facts.append(f"Budget of each jointly tuned method: {recipe['budget_tokens']:,} tokens.")
+    queries = [record.num_queries for record in findings.results.records if record.role == "held_out"]
+    if queries:
+        span = str(min(queries)) if min(queries) == max(queries) else f"{min(queries)} to {max(queries)}"
+        seeds = len({record.seed for record in findings.results.records})
+        facts.append(f"{span} queries a task, {seeds} orders of demonstrations.")
+    return facts
+
+
+def _notes(findings: Findings) -> list[str]:
+    """What a reader must know: of the models, and what the recipe says."""
+    records = findings.results.records
+    notes = sorted({f"{record.model_note}: this holds for every result here." for record in records if record.model_note})
+    return [f"The model is {note}" for note in notes] + [str(note) for note in findings.recipe.get("notes", [])]
+
+
+def _study_commands(results: StudyResults) -> list[str]:
+    return ["manyicl study study.yaml"] if results.recipe else []
+
+
+def _versions(results: StudyResults) -> list[tuple[str, str]]:
+    """Library and versions seen, over all cells and records."""
+    found: dict[str, dict[str, None]] = {}
+    sources = [*(cell.versions for cell in results.cells), *(record.versions for record in results.records)]
+    for versions in sources:
+        for name, version in versions.items():
+            found.setdefault(name, {})[version] = None
+    return [(name, ", ".join(versions)) for name, versions in sorted(found.items())]

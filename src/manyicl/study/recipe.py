@@ -57,7 +57,7 @@ class DedicatedConfig(_Section):
     rates: list[float] = Field([2e-4, 6e-4, 2e-3], min_length=1, description="Rates tried on validation tasks.")
     max_epochs: int = Field(10, ge=1, description="Passes over the examples, at most.")
     max_tokens: int = Field(200_000, ge=1, description="Tokens fed, at most.")
-    patience: int = Field(2, ge=1, description="Stops after so many passes without a better loss on the fifth kept back.")
+    patience: int = Field(2, ge=1, description="Stops after so many looks at the fifth kept back without a better loss.")
     overtaking_tasks: list[str] = Field(default_factory=list, description="Tasks on which several sizes are tuned.")
     overtaking_examples: list[int] = Field([16, 64, 256], description="Those sizes, in examples.")
 

@@ -229,6 +229,23 @@ def test_a_record_that_was_torn_is_made_again_and_nothing_else(make):
     assert (folder / "run" / "summary.json").stat().st_mtime_ns == stamp
 
 
+def test_a_finished_cell_whose_records_were_cut_is_done_again(make, caplog):
+    recipe = make(**FAST)
+    work(recipe, kinds=["rate"])
+    folder = open_folder(recipe)
+    cell = "rate/all_answers/0.001"
+    path = folder.folder(cell) / "records.jsonl"
+    num_records = len(folder.records(cell))
+    path.write_bytes(path.read_bytes()[:-40])
+    folder.reopen_damaged()
+    assert f"{cell}: {num_records - 1} of {num_records} records are left; the cell is done again" in caplog.text
+    assert {name for name, status in statuses(folder).items() if status == "done"} == {
+        name for name in statuses(folder) if name.startswith("rate/") and name != cell
+    }
+    work(recipe, kinds=["rate"])
+    assert len(folder.records(cell)) == folder.read(cell).num_records == num_records
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -37,8 +37,8 @@ def tune_dedicated(
 ) -> DedicatedRun:
     """Tune on `examples` alone and write the model to `folder`, which is emptied first.
 
-    A row holds the examples of about one pass, or 2,048 tokens. After each pass, or a quarter of the budget where a pass is longer,
-    the loss on the fifth kept back is looked at; the weights of the best look are kept.
+    A row holds the examples of about one pass, or 2,048 tokens. After each pass, or a quarter of the budget where a pass is
+    longer, the loss on the fifth kept back is looked at; the weights of the best look are kept.
 
     Raises:
         TaskError: there are fewer than two examples.

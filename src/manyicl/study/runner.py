@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from manyicl.errors import ManyICLError, RecipeError, RecordsError
 from manyicl.files import storage_errors, write_json_atomic, write_text_atomic
-from manyicl.records import read_records
+from manyicl.records import EvaluationRecord, read_records
 from manyicl.results.claims import make_claims
 from manyicl.results.files import CellFacts, CorpusFacts, ModelFacts, StudyResults, write_results
 from manyicl.runs import library_versions
@@ -62,6 +62,7 @@ class CellResult(BaseModel):
     peak_memory_bytes: int
     finished: str
     versions: dict[str, str]
+    num_records: int = 0
     models: list[ModelFacts] = []
     corpora: list[CorpusFacts] = []
     facts: dict[str, Any] = {}
@@ -169,6 +170,20 @@ class StudyFolder:
         """Record why a cell is not done."""
         write_json_atomic(self.folder(cell) / "failure.json", {"error": reason, "finished": _now()})
 
+    def reopen_damaged(self) -> None:
+        """Open cells again whose records are fewer than they were when the cell was done; what is whole of them is kept."""
+        for cell in self.cells:
+            if self.status(cell.name) == "done":
+                expected, found = self.read(cell.name).num_records, len(self.records(cell.name))
+                if found != expected:
+                    logger.warning("%s: %d of %d records are left; the cell is done again", cell.name, found, expected)
+                    (self.folder(cell.name) / "result.json").unlink()
+
+    def records(self, cell: str) -> list[EvaluationRecord]:
+        """The records of a cell; none where there is no file."""
+        path = self.folder(cell) / "records.jsonl"
+        return read_records(path) if path.is_file() else []
+
     def progress(self) -> Progress:
         """How many cells are done and have failed."""
         found = [self.status(cell.name) for cell in self.cells]
@@ -180,9 +195,8 @@ class StudyFolder:
         for cell in self.cells:
             status = self.status(cell.name)
             result = self.read(cell.name) if status == "done" else None
-            path = self.folder(cell.name) / "records.jsonl"
             if result is not None:
-                records += read_records(path) if path.is_file() else []
+                records += self.records(cell.name)
                 models += result.models
                 corpora += result.corpora
             facts.append(self._cell_facts(cell, status, result))
@@ -240,6 +254,7 @@ def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             finished=_now(),
             versions=library_versions(),
+            num_records=len(folder.records(cell.name)),
             models=outcome.models,
             corpora=outcome.corpora,
             facts=outcome.facts,
@@ -259,6 +274,7 @@ def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float 
         RecipeError: the folder belongs to another study.
     """
     folder = StudyFolder(recipe, load_suite(recipe.tasks))
+    folder.reopen_damaged()
     for cell in folder.cells:  # What failed is tried again, once a start.
         (folder.folder(cell.name) / "failure.json").unlink(missing_ok=True)
     deadline = None if minutes is None else time.time() + 60 * minutes

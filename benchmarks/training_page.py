@@ -69,22 +69,40 @@ def change_lines(changes: dict[str, Any]) -> list[str]:
     return lines
 
 
-def objective_lines(found: dict[str, Any]) -> list[str]:
-    """All answers against the last answer at equal seconds."""
-    difference, updates = found["difference"], found["updates"]
+def score_lines(found: dict[str, Any]) -> list[str]:
+    """Scores of each trained model by shots."""
     names = list(found["by_shots"])
     shots = list(found["by_shots"][names[0]])
     cells = {name: " | ".join(f"{values[count]:.1f}" for count in shots) for name, values in found["by_shots"].items()}
-    return [
+    header = [f"| model | {' | '.join(shots)} |", "|---|" + "---:|" * len(shots)]
+    return header + [f"| {name} | {cells[name]} |" for name in names]
+
+
+def interval(difference: dict[str, Any]) -> str:
+    """A difference in points with its interval."""
+    return f"{difference['points']:+.1f} points (95% interval {difference['low']:.1f} to {difference['high']:.1f})"
+
+
+def objective_lines(found: dict[str, Any], first: dict[str, Any] | None) -> list[str]:
+    """All answers against the last answer at equal seconds; a first attempt stands beside it."""
+    difference, updates = found["difference"], found["updates"]
+    lines = [
         f"Two trainings of equal seconds ({updates['all_answers']} updates of `all_answers`, {updates['last_answer']} of `last_answer`),",
-        "read on the validation tasks, 100 queries and three orders each; `last_answer` counts at the best of three rates:",
-        f"**{difference['points']:+.1f} points** for all answers (95% interval {difference['low']:.1f} to {difference['high']:.1f},",
-        f"bootstrap over {difference['queries']} queries, against {difference['against']}). Made by `python benchmarks/objectives.py`.",
+        f"read on the validation tasks, {found['queries_a_task']} queries and three orders each; each objective counts at the best of three rates.",
+        f"All answers less the last answer: **{interval(difference)}**, bootstrap over",
+        f"{difference['queries']} queries, one training seed. Made by `python benchmarks/objectives.py`.",
         "",
-        f"| model | {' | '.join(shots)} |",
-        "|---|" + "---:|" * len(shots),
-        *(f"| {name} | {cells[name]} |" for name in names),
+        *score_lines(found),
     ]
+    if first:
+        own, before = first["updates"], first["difference"]
+        lines += [
+            "",
+            f"A first attempt trained {own['all_answers']} and {own['last_answer']} updates, read 100 queries, and gave `all_answers` one rate,",
+            f"chosen before, where `last_answer` had the best of three: {interval(before)}",
+            "([objectives-first.json](objectives-first.json)).",
+        ]
+    return lines
 
 
 def fit_lines(fit: dict[str, float]) -> list[str]:
@@ -98,7 +116,9 @@ def fit_lines(fit: dict[str, float]) -> list[str]:
     ]
 
 
-def page(speed: dict[str, Any], changes: dict[str, Any], objectives: dict[str, Any] | None) -> str:
+def page(
+    speed: dict[str, Any], changes: dict[str, Any], objectives: dict[str, Any] | None, first: dict[str, Any] | None = None
+) -> str:
     """The whole page as Markdown."""
     machine, agreement = speed["machine"], speed["agreement"]
     versions = {found.get("trl") for cell in speed["rows"].values() for found in cell["trl"].values()} - {None}
@@ -136,16 +156,18 @@ def page(speed: dict[str, Any], changes: dict[str, Any], objectives: dict[str, A
             "",
             *change_lines(changes["changes"]),
             "",
-            *(["## All answers against the last answer", "", *objective_lines(objectives), ""] if objectives else []),
+            *(["## All answers against the last answer", "", *objective_lines(objectives, first), ""] if objectives else []),
         ]
     )
 
 
 def read_page(folder: Path) -> str:
     """The page of the figures in a folder; without objectives.json it has no section on them."""
-    paths = [folder / f"{name}.json" for name in ("training-speed", "training-changes", "objectives")]
-    speed, changes, objectives = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
-    return page(speed, changes, objectives)
+    paths = [folder / f"{name}.json" for name in ("training-speed", "training-changes", "objectives", "objectives-first")]
+    speed, changes, objectives, first = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths
+    )
+    return page(speed, changes, objectives, first)
 
 
 def main() -> None:

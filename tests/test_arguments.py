@@ -155,9 +155,11 @@ def test_context_parallelism_needs_fsdp(monkeypatch):
     arguments._check_sharing(TrainingConfig.model_validate({"trainer": config.trainer | {"fsdp": True}}))
 
 
-@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"sp_size": 2}, {"cp_size": 2, "cp_backend": "torch"}, "cp", [2]])
+@pytest.mark.parametrize(
+    "sizes", [{"tp_size": 2}, {"cp_size": 2, "cp_backend": "torch"}, {"cp_size": "two"}, {"cp_size": 0}, "cp", [2]]
+)
 def test_parallelism_that_is_not_offered_is_refused(sizes):
-    with pytest.raises(RecipeError, match=r"only a mapping of dp_replicate_size, dp_shard_size, cp_size is offered"):
+    with pytest.raises(RecipeError, match=r"only a mapping of dp_replicate_size, dp_shard_size, cp_size to whole numbers from 1"):
         context_parallel_size(TrainingConfig.model_validate({"trainer": {"parallelism_config": sizes}}))
 
 

@@ -5,8 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from manyicl.planning import show_bytes
 from manyicl.records import read_records
 from manyicl.reporting.terminal import markdown_curves
+from manyicl.training_plan import memory
+from manyicl.training_plan.plans import CPU_SHARES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -112,6 +117,40 @@ def test_the_page_on_selection_shows_the_figures_of_its_file() -> None:
         times = " | ".join(f"{row['milliseconds_per_query']:.0f}" for row in rows)
         assert f"| {task} | {rows[0]['metric']} | {demonstrations} | {values} | {times} |" in page
     assert len(cells) == 6
+
+
+def test_the_page_on_plans_shows_the_figures_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = (ROOT / "docs" / "how-to" / "plan-a-run.md").read_text(encoding="utf-8")
+    figures = read_figures("planning")
+    assert figures["within"] == {"memory": True, "time": True}
+    assert list(figures["configurations"]) == list(load_benchmark("planning").CONFIGURATIONS)
+    rows = []
+    for name, cell in figures["configurations"].items():
+        assert abs(cell["memory_error"]) <= 0.15
+        assert abs(cell["time_error"]) <= 0.25
+        memory = [show_bytes(cell[f"{kind}_bytes"]) for kind in ("measured", "predicted")]
+        seconds = [f"{cell[f'{kind}_seconds']:.3g} s" for kind in ("measured", "predicted")]
+        shown = [*memory, f"{cell['memory_error']:+.0%}", *seconds, f"{cell['time_error']:+.0%}"]
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    section = page.partition("## Checked against measurement")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")][2:] == rows
+    machine = figures["machine"]
+    assert (
+        f"{machine['processor']}, {machine['threads']} threads; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}." in " ".join(section.split())
+    )
+
+
+def test_the_page_on_plans_states_the_constants() -> None:
+    page = " ".join((ROOT / "docs" / "how-to" / "plan-a-run.md").read_text(encoding="utf-8").split())
+    shares = ", ".join(f"{getattr(CPU_SHARES, name):.0%} ({name})" for name in ("linear", "attention", "masked", "repeated"))
+    assert f"the shares of the matrix rate that are reached: {shares}." in page
+    assert (memory.CPU_RUNTIME_BYTES, memory.CPU_HOLES_OF_KEPT, memory.CPU_HOLES_OF_WORK) == (70_000_000, 0.2, 5)
+    holes = (
+        "70 MB for libraries and buffers, holes in the heap of a fifth of the activations and five times the work of one layer"
+    )
+    assert holes in page
 
 
 def test_the_readme_shows_the_speed_of_the_files() -> None:

@@ -45,7 +45,9 @@ def encoder(byte_tokenizer):
 def run(encoder, tiny_model, tmp_path):
     """A short run; gives the model, the rows asked for and the result."""
 
-    def start(model=None, *, numbers=NUMBERS, objective=None, validation=None, patience=None, resume=False, output=tmp_path, **fields):
+    def start(
+        model=None, *, numbers=NUMBERS, objective=None, validation=None, patience=None, resume=False, output=tmp_path, **fields
+    ):
         settings = {"num_steps": 4, "tune": "full", "dtype": "float32", "log_every": 1, "save_every": 2, "learning_rate": 0.01}
         config = TrainingConfig.model_validate(settings | fields)
         dataset = FixedRows([make_row(encoder, own) for own in numbers][: config.num_steps * config.rows_per_step])

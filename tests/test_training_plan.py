@@ -1,11 +1,12 @@
-"""Plans of training by hand for a tiny config: memory by part, operations, layouts, what is said and what is refused."""
+"""Plans of training by hand for a tiny config: operations, time, cost and layouts, what is said and what is refused."""
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ import pytest
 import torch
 import transformers
 
-from manyicl import planning, runs
+from manyicl import planning
 from manyicl.config import parse_recipe
-from manyicl.errors import BudgetError, ModelError, RecipeError, UserInputError
+from manyicl.errors import ModelError, RecipeError, UserInputError
+from manyicl.kernels import cpu_attention
 from manyicl.modeling import add_lora, load_config
 from manyicl.training_plan import (
     Layout,
-    MemoryParts,
     PlanRequest,
-    TrainingJob,
     check_training_memory,
     forecast_memory,
     memory,
@@ -33,34 +33,14 @@ from manyicl.training_plan import (
     show_plan,
 )
 from manyicl.training_plan.jobs import ONE_DEVICE
-from model_fixtures import make_recipe, write_recipe
+from model_fixtures import write_recipe
+from plan_fixtures import CONFIG, FEATURES, LAYER_WEIGHTS, PARAMETERS, make_job
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "how-to" / "plan-a-run.md"
-SIZES: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 4096,
-}
-CONFIG = transformers.LlamaConfig(**SIZES)
-# q and o: 12·24, k and v: 12·12, gate, up and down: 12·20.
-LAYER_WEIGHTS = 2 * 12 * 24 + 2 * 12 * 12 + 3 * 12 * 20
-PARAMETERS = 3 * LAYER_WEIGHTS + 2 * 100 * 12 + 7 * 12
-# Inputs and outputs of the seven linear layers of one decoder layer.
-FEATURES = (12 + 24) + (12 + 12) + (12 + 12) + (24 + 12) + (12 + 20) + (12 + 20) + (20 + 12)
-DEVICE = plans.Device("test", 1e6, 10**9, 2.0, plans.Shares(0.5, 0.5, 0.5, 0.5))
-
-
-def make_job(config: Any = CONFIG, *, layout: Layout = ONE_DEVICE, max_tokens: int = 200, **training: Any) -> TrainingJob:
-    content = {"episodes": {"max_tokens": max_tokens}, "training": {"lora": {"rank": 4}, "num_steps": 10, **training}}
-    dtype = torch.float32 if training.get("dtype") == "float32" else torch.bfloat16
-    return TrainingJob(parse_recipe(content), read_decoder("tiny", config), dtype, layout, on_cpu=True)
+# Its memory takes no time.
+DEVICE = plans.Device("test", 1e6, math.inf, 10**9, 2.0, plans.Shares(0.5, 0.5, 0.5, 0.5))
 
 
 def test_parameters_are_those_of_a_real_model(tiny_model: Callable[..., Any]) -> None:
@@ -74,119 +54,6 @@ def test_parameters_are_those_of_a_real_model(tiny_model: Callable[..., Any]) ->
             assert job.num_trained == sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
-def test_memory_of_adapters_by_hand() -> None:
-    job = make_job()
-    adapters = 3 * 4 * FEATURES
-    # States and norms, query and output, key and value, gated layer, seven adapters of rank 4; log-sum-exp of four heads.
-    layer = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
-    standing = MemoryParts(
-        weights=2 * PARAMETERS + 4 * adapters,
-        optimizer=8 * adapters,
-        other=memory.CPU_RUNTIME_BYTES,
-    )
-    activations = 200 * (3 * layer + 2 * 12)
-    found = forecast_memory(job)
-    work = 6 * 2 * 20 * 200
-    other = memory.CPU_RUNTIME_BYTES + activations // 5 + 5 * work
-    # A tenth of 200 tokens are targets.
-    assert found == {
-        "loss": replace(standing, activations=activations, logits=12 * 20 * 100, other=other),
-        "layers": replace(standing, activations=activations, other=other + work),
-        "update": replace(standing, gradients=4 * adapters),
-    }
-    assert peak_bytes(job) == max(parts.total for parts in found.values())
-
-
-def test_memory_of_all_weights_by_hand() -> None:
-    half, whole = (forecast_memory(make_job(tune="full", dtype=dtype)) for dtype in ("bfloat16", "float32"))
-    inner = 2 * 24 + 2 * 12 + 3 * 20
-    assert half["loss"].activations == 200 * (3 * (16 * 12 + 5 * 2 * 12 + 2 * inner + 16) + 4 * 12)
-    assert whole["loss"].activations == 200 * (3 * (16 * 12 + 8 * 12 + 4 * inner + 16) + 4 * 12)
-    assert half["update"].other == memory.CPU_RUNTIME_BYTES + 2 * (3 * LAYER_WEIGHTS + 1200)
-    assert whole["update"].other == memory.CPU_RUNTIME_BYTES
-    assert (half["layers"].gradients, half["update"].gradients) == (4 * 1200, 4 * PARAMETERS)
-    for parts in (half["loss"], whole["loss"]):
-        assert (parts.weights, parts.optimizer, parts.gradients) == (4 * PARAMETERS, 8 * PARAMETERS, 0)
-
-
-def test_parts_add_up() -> None:
-    names = [part.name for part in fields(MemoryParts)]
-    assert names == ["weights", "gradients", "optimizer", "activations", "logits", "other"]
-    parts = MemoryParts(**{name: 10**place for place, name in enumerate(names)})
-    assert parts.total == 111_111
-
-
-def loss_activations(job: TrainingJob) -> int:
-    """Bytes that a layer keeps of a token, without what its state takes beside the layers."""
-    activations = forecast_memory(job)["loss"].activations
-    return (activations // job.tokens - 2 * 12) // 3
-
-
-def test_what_a_layer_keeps_follows_the_recipe() -> None:
-    plain = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
-    assert loss_activations(make_job()) == plain
-    # Frozen layers keep no input: one norm and the gated product are not kept, and five adapters are not there.
-    queries = make_job(lora={"rank": 4, "targets": ["q_proj", "v_proj"]})
-    assert loss_activations(queries) == plain - 2 * (12 + 20 + 5 * 4)
-    # Dropout: an fp32 copy and a mask of each layer's input, x Aᵀ in fp32, and no bf16 input.
-    dropout = make_job(lora={"rank": 4, "dropout": 0.1})
-    inputs = 5 * 12 + 24 + 20
-    assert loss_activations(dropout) == plain - 2 * (2 * 12 + 20 + 7 * 4) + 8 * inputs + 4 * 7 * 4
-    # transformers' own layers: fp32 norms and inputs of adapters, x Aᵀ in fp32, and the gate's activation.
-    slow = make_job(kernels="none")
-    assert loss_activations(slow) == plain - 2 * (4 * 12 + 7 * 4) + 8 * 12 + 4 * inputs + 4 * 7 * 4
-    assert loss_activations(make_job(kernels="none", tune="full")) - loss_activations(make_job(tune="full")) == 2 * 20
-    # A mask, and keys and values of all four heads.
-    padded = make_job(rows_per_device=2, rows_per_step=2)
-    assert loss_activations(padded) == plain + 2 * 2 * (24 - 12) + 2 * 200
-    capped = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=50.0, sliding_window=200, query_pre_attn_scalar=6)
-    assert loss_activations(make_job(capped)) == plain + 8 * 4 * 200
-    assert loss_activations(make_job(capped, max_tokens=201)) == plain + 8 * 4 * 201 + 2 * 2 * (24 - 12) + 2 * 201
-
-
-def test_checkpointing_keeps_states_and_one_layer() -> None:
-    layer = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
-    found = forecast_memory(make_job(gradient_checkpointing=True))
-    assert found["loss"].activations == 200 * (3 + 1) * 2 * 12
-    assert found["layers"].activations == 200 * ((3 + 1) * 2 * 12 + layer)
-    work = 6 * 2 * 20 * 200
-    assert found["layers"].other == memory.CPU_RUNTIME_BYTES + found["layers"].activations // 5 + 6 * work
-    on_gpu = forecast_memory(replace(make_job(gradient_checkpointing=True), on_cpu=False))
-    assert on_gpu["layers"].other == memory.GPU_RUNTIME_BYTES + work
-
-
-def test_logits_are_those_of_a_chunk() -> None:
-    def logits(job: TrainingJob) -> int:
-        return forecast_memory(job)["loss"].logits // (12 * 100)
-
-    assert logits(make_job(max_tokens=4000)) == 400
-    assert logits(make_job(max_tokens=6000)) == 512
-    # Two rows compute the positions at which either has a target.
-    assert logits(make_job(max_tokens=1000, rows_per_device=2, rows_per_step=2)) == 2 * 200
-    altered = transformers.Gemma2Config(**SIZES, final_logit_softcapping=30.0)
-    assert logits(make_job(altered, max_tokens=6000)) == 600
-    assert logits(replace(make_job(), target_share=0.0)) == 1
-
-
-def test_gradients_of_earlier_passes_stand_beside_activations() -> None:
-    one, two = (forecast_memory(make_job(rows_per_step=rows)) for rows in (1, 2))
-    assert one["loss"].gradients == one["layers"].gradients == 0
-    assert two["loss"].gradients == two["layers"].gradients == two["update"].gradients == 4 * 3 * 4 * FEATURES
-
-
-def test_fsdp_divides_weights_gradients_and_optimizer() -> None:
-    job = make_job(tune="full", rows_per_step=8)
-    alone = forecast_memory(job)["update"]
-    spread = forecast_memory(replace(job, layout=Layout(4, is_sharded=True)))["update"]
-    for part in ("weights", "gradients", "optimizer"):
-        assert getattr(spread, part) == getattr(alone, part) // 4
-    # The embeddings and two layers are whole for a while, in bf16.
-    assert spread.other == memory.CPU_RUNTIME_BYTES + 2 * (2 * 1200 + 2 * LAYER_WEIGHTS)
-    copies = forecast_memory(replace(job, layout=Layout(4)))["update"]
-    assert copies.other == alone.other + 4 * PARAMETERS
-    assert (copies.weights, copies.gradients, copies.optimizer) == (alone.weights, alone.gradients, alone.optimizer)
-
-
 def test_a_recipes_own_sharing_is_planned(config_folder: Path) -> None:
     trainer = {"fsdp": True, "parallelism_config": {"dp_shard_size": 2, "cp_size": 4}}
     recipe = parse_recipe({"model": str(config_folder), "training": {"trainer": trainer, "rows_per_step": 2}})
@@ -194,6 +61,10 @@ def test_a_recipes_own_sharing_is_planned(config_folder: Path) -> None:
     assert plan_recipe(recipe, PlanRequest("L4", Layout(8, context_parallel=8))).job.layout == Layout(8, True, 8)
     plain = parse_recipe({"model": str(config_folder)})
     assert plan_recipe(plain, PlanRequest("L4", Layout(4, True, 4))).job.layout == Layout(4, True, 4)
+    for size in ("four", 0):
+        wrong = parse_recipe({"training": {"trainer": {"parallelism_config": {"cp_size": size}}}})
+        with pytest.raises(RecipeError, match=rf"parallelism_config\.cp_size = {size!r}\. Give a whole number from 1\."):
+            plan_recipe(wrong, PlanRequest("L4", Layout(8), shape="llama3-8b"))
 
 
 def test_devices_that_share_a_row_divide_its_tokens() -> None:
@@ -239,7 +110,8 @@ def test_operations_are_those_of_the_benchmarks(training: dict[str, Any]) -> Non
     assert plan_training(job, DEVICE).operations == expected
 
 
-def test_time_and_cost_by_hand() -> None:
+def test_time_and_cost_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "is_available", lambda: False)
     job = make_job(rows_per_step=2)
     linear = 4 * (200 * 3 * LAYER_WEIGHTS + 20 * 12 * 100) + 6 * 200 * 3 * 4 * FEATURES
     attention = 6 * 200 * 200 * 3 * 24
@@ -256,11 +128,39 @@ def test_time_and_cost_by_hand() -> None:
     assert again.operations == plan.operations
     masked = plan_training(make_job(rows_per_step=2, rows_per_device=2), device)
     assert masked.seconds_per_update == pytest.approx(seconds + 2 * (2 * attention / 0.05 - attention / 0.1) / 1e6)
+    monkeypatch.setattr(cpu_attention, "is_available", lambda: True)  # Our kernel keeps padded and packed rows apart itself.
+    assert plan_training(make_job(rows_per_step=2, rows_per_device=2), device).seconds_per_update == pytest.approx(seconds)
     # More than 512 targets: all chunks of logits are computed again.
     long, chunk = make_job(max_tokens=6000), 2 * 600 * 12 * 100
     whole = replace(long, decoder=replace(long.decoder, keeps_logits=True))
     difference = plan_training(long, device).seconds_per_update - plan_training(whole, device).seconds_per_update
     assert difference == pytest.approx(chunk / 0.8 / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("training", "layout", "weights", "weight_bytes"),
+    [
+        # AdamW reads four numbers and writes three; the norm reads one; clipping reads and writes one.
+        ({}, ONE_DEVICE, 12 * FEATURES, 40),
+        ({"rows_per_step": 3}, ONE_DEVICE, 12 * FEATURES, 40 + 2 * 12),
+        ({"tune": "full"}, ONE_DEVICE, PARAMETERS, 40 + 12),
+        ({"tune": "full", "rows_per_step": 3}, ONE_DEVICE, PARAMETERS, 40 + 3 * 12 + 2 * 12),
+        ({"tune": "full", "dtype": "float32"}, ONE_DEVICE, PARAMETERS, 40),
+        ({"tune": "full", "rows_per_step": 2}, Layout(2), PARAMETERS, 40 + 12),
+        ({"tune": "full", "rows_per_step": 2}, Layout(2, is_sharded=True), PARAMETERS / 2, 40 + 12),
+    ],
+)
+def test_reading_and_writing_trained_weights_takes_time(
+    training: dict[str, Any], layout: Layout, weights: float, weight_bytes: int
+) -> None:
+    job = make_job(layout=layout, **training)
+    slow = replace(DEVICE, memory_rate=2e3)
+    seconds = weights * weight_bytes / 2e3
+    assert plans.weight_seconds(job, slow) == pytest.approx(seconds)
+    plan = plan_training(job, slow)
+    assert plan.seconds_per_update == pytest.approx(plan_training(job, DEVICE).seconds_per_update + seconds)
+    line = f"            {seconds:.2g} s of it for trained weights, at 2e+03 bytes/s\n"
+    assert (line in show_plan(plan)) is job.is_full  # Those of adapters are few.
 
 
 def test_a_plan_says_whether_it_fits() -> None:
@@ -381,61 +281,11 @@ def test_this_machine_is_measured(config_folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(plans.time, "perf_counter", lambda: float(next(ticks)))
     recipe = parse_recipe({"model": str(config_folder), "training": {"dtype": "float32"}})
     plan = plan_recipe(recipe, PlanRequest(price_per_hour=1.5, efficiency=0.3))
-    # Three passes of a second each, of 2,048 tokens through the linear layers of one decoder layer.
-    assert plan.device == plans.Device("cpu", 2 * 2048 * LAYER_WEIGHTS, 123, 1.5, plans.Shares(0.3, 0.3, 0.3, 0.3))
+    # Three passes of a second each, of 2,048 tokens through the linear layers of one decoder layer; and three copies.
+    rates = 2 * 2048 * LAYER_WEIGHTS, 2 * 4 * 2**25
+    assert plan.device == plans.Device("cpu", *rates, 123, 1.5, plans.Shares(0.3, 0.3, 0.3, 0.3))
     assert plan.job.on_cpu
     assert not plan.fits
-
-
-def test_training_that_does_not_fit_is_refused_with_sizes_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = parse_recipe({"episodes": {"max_tokens": 4000}, "training": {"dtype": "float32", "lora": {"rank": 4}}})
-    job = make_job(dtype="float32", max_tokens=3000)
-    needed = peak_bytes(job) - 4 * PARAMETERS
-
-    def check(available: int | None) -> None:
-        monkeypatch.setattr(planning, "available_bytes", lambda device: available)
-        check_training_memory(recipe, CONFIG, row_tokens=3000, device=CPU)
-
-    check(needed)
-    check(None)
-    with pytest.raises(BudgetError) as caught:
-        check(needed - 1)
-    less = planning.show_bytes(peak_bytes(job.changed("training", gradient_checkpointing=True)) - 4 * PARAMETERS)
-    row = planning.show_bytes(peak_bytes(job.changed("episodes", max_tokens=2944)) - 4 * PARAMETERS)
-    assert str(caught.value) == (
-        f"training on rows of 3,000 tokens, beside the loaded model, needs {planning.show_bytes(needed)} on cpu, where "
-        f"{planning.show_bytes(needed - 1)} are available. Set training.gradient_checkpointing=true ({less}) or "
-        f"episodes.max_tokens=2944 ({row})."
-    )
-    with pytest.raises(BudgetError, match=r"where 0 B are available\. Set training\.gradient_checkpointing=true \([^)]*\)\.$"):
-        check(0)
-    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"gradient_checkpointing": True})})
-    with pytest.raises(BudgetError, match="No change of the recipe is enough: free memory, or take a smaller model"):
-        check(0)
-
-
-def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = parse_recipe({"training": {"dtype": "float32", "lora": {"rank": 4}, "rows_per_step": 2}})
-    job = make_job(dtype="float32", rows_per_step=2, max_tokens=300, layout=Layout(2))
-    needed = 2 * (peak_bytes(job) - 4 * PARAMETERS)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(planning, "available_bytes", lambda device: needed - 1)
-    with pytest.raises(BudgetError, match=r"^training on rows of 300 tokens in 2 processes, beside the loaded model, needs "):
-        check_training_memory(recipe, CONFIG, row_tokens=300, device=CPU, num_processes=2)
-    monkeypatch.setattr(planning, "available_bytes", lambda device: needed)
-    check_training_memory(recipe, CONFIG, row_tokens=300, device=CPU, num_processes=2)
-
-
-def test_a_run_that_does_not_fit_writes_nothing(
-    tiny_model_folder: Callable[..., Path], suite_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = make_recipe(tiny_model_folder("llama"), suite_folder(), tmp_path / "run")
-    monkeypatch.setattr(planning, "available_bytes", lambda device: 1_000_000)
-    monkeypatch.setattr(runs, "train_model", lambda *arguments, **options: pytest.fail("it was trained"))
-    message = r"training on rows of 1\d\d tokens, beside the loaded model, needs 11\d MB on cpu, where 1 MB are available\. Set "
-    with pytest.raises(BudgetError, match=message):
-        runs.train(recipe)
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_prints_a_plan(run_cli: Callable[..., tuple[int, str, str]], config_folder: Path, tmp_path: Path) -> None:

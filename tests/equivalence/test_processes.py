@@ -97,15 +97,28 @@ def start(driver, tmp_path):
     return run
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def end_all(processes: list[subprocess.Popen], timeout: float) -> tuple[list[int], list[str]]:
+    """Exit codes and what was printed, when all have ended; those that have not in time are killed."""
+    try:
+        shown = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], shown
+
+
 @pytest.fixture
 def start_each(driver, tmp_path):
     """Runs the driver in processes that no launcher looks after, one list of arguments each; exit codes and what was printed."""
 
     def run(*arguments_of_each, size=None, notes="notes", kill="none nowhere 0", timeout=300):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        size = size or len(arguments_of_each)
+        port, size = free_port(), size or len(arguments_of_each)
         common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         common |= {"OMP_NUM_THREADS": "1", "NOTES": f"{tmp_path}/{notes}-{size}-", "KILL": kill}
         processes = [
@@ -118,12 +131,30 @@ def start_each(driver, tmp_path):
             )
             for rank, arguments in enumerate(arguments_of_each)
         ]
-        try:
-            shown = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        return [process.returncode for process in processes], shown
+        return end_all(processes, timeout)
+
+    return run
+
+
+@pytest.fixture
+def start_machines(driver, tmp_path):
+    """Runs the driver under two torchruns that meet each other, as on two machines; exit codes and what was printed."""
+
+    def run(*arguments, meeting):
+        port = free_port()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+                + [part.format(number=number, port=port) for part in meeting]
+                + [str(driver), *map(str, arguments)],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "NOTES": f"{tmp_path}/notes-2-"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for number in (0, 1)
+        ]
+        return end_all(processes, 300)
 
     return run
 
@@ -295,6 +326,28 @@ def test_records_of_two_processes_are_those_of_one(start, request_and_options, t
     cells = [(tmp_path / f"notes-2-{rank}").read_text().splitlines() for rank in (0, 1)]
     assert [len(own) for own in cells] == [12, 12]
     assert len({*cells[0], *cells[1]}) == 24
+
+
+@pytest.mark.parametrize(
+    "meeting",
+    [
+        ["--node-rank", "{number}", "--master-addr", "127.0.0.1", "--master-port", "{port}"],
+        ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}", "--rdzv-id", "job"],
+    ],
+    ids=["node-rank", "rdzv"],
+)
+def test_records_of_two_machines_are_those_of_one(start_machines, request_and_options, tmp_path, meeting):
+    request, options = request_and_options
+    output = tmp_path / "shared.jsonl"
+    codes, shown = start_machines(*options, "--output", output, meeting=meeting)
+    assert codes == [0, 0], shown
+    assert sorted(text.count(f"records: {output}") for text in shown) == [0, 1]
+    assert sorted(text.count("of 2 has finished its share") for text in shown) == [0, 1]
+    cells = [(tmp_path / f"notes-2-{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert [len(own) for own in cells] == [12, 12]
+    assert len({*cells[0], *cells[1]}) == 24
+    assert described(read_records(output)) == described(evaluate_models(request, tmp_path / "alone.jsonl"))
+    assert [path.name for path in tmp_path.glob("shared.jsonl*")] == ["shared.jsonl"]
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -112,7 +112,9 @@ class Forecaster:
         """Seconds of a task at some shot counts, over all orders of demonstrations."""
         task = self.suite.tasks[name]
         length = self._length(task)
-        num_queries = min(self.recipe.num_queries, len(task.test))
+        is_validation = self.suite.role(name) == "validation"
+        asked = self.recipe.num_validation_queries if is_validation else self.recipe.num_queries
+        num_queries = min(asked, len(task.test))
         most = min(self.context, length * len(task.train))
         prefixes = [most if count == "max" else min(most, count * length) for count in shots]
         operations = prefill_operations(self.config, max(1, int(max(prefixes, default=1))))

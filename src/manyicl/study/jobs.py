@@ -164,7 +164,7 @@ class Study:
         order = order_demonstrations(task, seed)
         if wanted == "prefix":
             base = self._method(BASE, cell.method)
-            opened = base.open(task, order, task.test[: self.recipe.num_queries])
+            opened = base.open(task, order, task.test[: self._num_queries(cell.task)])
             order = order[: opened.num_demonstrations]
         elif wanted != "full":
             order = order[: int(wanted)]
@@ -260,14 +260,20 @@ class Study:
         writer = RecordWriter(self.folder(cell.name) / "records.jsonl")
         found: list[EvaluationRecord] = []
         for name in tasks:
-            found += evaluate_task(method, self.suite.tasks[name], self.suite.role(name), plan=plan, writer=writer, seeds=seeds)
+            task, role = self.suite.tasks[name], self.suite.role(name)
+            own = replace(plan, num_queries=self._num_queries(name))
+            found += evaluate_task(method, task, role, plan=own, writer=writer, seeds=seeds)
         return found
+
+    def _num_queries(self, task: str) -> int:
+        is_validation = self.suite.role(task) == "validation"
+        return self.recipe.num_validation_queries if is_validation else self.recipe.num_queries
 
     def _evaluate_classic(self, cell: Cell) -> Outcome:
         """TF-IDF from the same demonstrations; without any it knows nothing, and 0 shots are left out."""
         plan = self._plan("classic", tuple(shots for shots in self.recipe.shots if shots != 0))
         writer = RecordWriter(self.folder(cell.name) / "records.jsonl")
-        task = self.suite.tasks[cell.task]
+        task, plan = self.suite.tasks[cell.task], replace(plan, num_queries=self._num_queries(cell.task))
         list(evaluate_task(ClassicBaseline(), task, self.suite.role(cell.task), plan=plan, writer=writer))
         return Outcome()
 

@@ -8,6 +8,7 @@ import torch
 
 from manyicl.config import Recipe
 from manyicl.errors import RecipeError
+from manyicl.kernels import cpu_attention
 from manyicl.planning import ModelShape, prefill_operations, read_shape
 
 MASTER_BYTES = 4
@@ -106,10 +107,16 @@ ONE_DEVICE = Layout()
 
 
 def read_layout(recipe: Recipe, num_devices: int) -> Layout:
-    """The layout that a recipe asks of transformers, under `training.trainer`: fsdp, deepspeed, parallelism_config."""
+    """The layout that a recipe asks of transformers, under `training.trainer`: fsdp, deepspeed, parallelism_config.
+
+    Raises:
+        RecipeError: the number of devices that share a row is none.
+    """
     trainer = recipe.training.trainer
     sizes = trainer.get("parallelism_config")
-    context_parallel = int(sizes.get("cp_size") or 1) if isinstance(sizes, dict) else 1
+    context_parallel = sizes.get("cp_size", 1) if isinstance(sizes, dict) else 1
+    if not isinstance(context_parallel, int) or context_parallel < 1:
+        raise RecipeError(f"training.trainer.parallelism_config.cp_size = {context_parallel!r}. Give a whole number from 1.")
     return Layout(num_devices, bool(trainer.get("fsdp") or trainer.get("deepspeed")), context_parallel)
 
 
@@ -197,10 +204,13 @@ class TrainingJob:
 
     @property
     def has_mask(self) -> bool:
-        """Whether attention takes a mask: rows are padded or packed, or a window is shorter than they are."""
-        window = self.decoder.window
-        is_windowed = window is not None and window < self.recipe.episodes.max_tokens
-        return self.recipe.training.rows_per_device > 1 or self.recipe.episodes.pack or is_windowed
+        """Whether attention takes a mask: a window is shorter than rows, or they are padded or packed and our kernel is absent."""
+        window, training = self.decoder.window, self.recipe.training
+        if window is not None and window < self.recipe.episodes.max_tokens:
+            return True
+        takes_sequences = self.on_cpu and self.dtype == torch.bfloat16 and training.kernels != "none"
+        is_split = training.rows_per_device > 1 or self.recipe.episodes.pack
+        return is_split and not (takes_sequences and cpu_attention.is_available())
 
     def changed(self, section: str, **values: Any) -> "TrainingJob":
         """The job with other values in a section of its recipe."""

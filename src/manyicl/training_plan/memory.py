@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 # Constants, measured on a processor (benchmarks/planning.py): what torch's libraries, threads and buffers take with the first
 # pass, and the free blocks of the heap that are too small for what comes next, as a share of what is kept, and as multiples of
 # the work of one layer. glibc before 2.38 leaves many: an aligned block never fits the hole of another of its size.
-CPU_RUNTIME_BYTES = 110_000_000
+CPU_RUNTIME_BYTES = 70_000_000
 CPU_HOLES_OF_KEPT = 0.2
 CPU_HOLES_OF_WORK = 5
 # Assumed: CUDA's context, workspaces of libraries, rounding of the allocator.
@@ -187,7 +187,7 @@ def check_training_memory(recipe: Recipe, config: Any, *, row_tokens: int, devic
         num_processes: Processes of the run; those on one machine share a processor's memory.
 
     Raises:
-        BudgetError: less is available than the run needs beyond the loaded model.
+        BudgetError: less is available than the run needs, on a processor beyond the loaded model.
     """
     try:
         decoder = read_decoder(recipe.model, config)
@@ -199,14 +199,16 @@ def check_training_memory(recipe: Recipe, config: Any, *, row_tokens: int, devic
     job = TrainingJob(recipe, decoder, resolve_dtype(recipe.training.dtype), layout, on_cpu=is_cpu)
     job = job.changed("episodes", max_tokens=row_tokens)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_cpu else 1  # As torchrun says it.
+    held = job.loaded_bytes if is_cpu else 0  # The trainer moves the model, or its shard, to a GPU only later.
     available = planning.available_bytes(device)
-    changes = {} if available is None else suggest_changes(job, available // sharing + job.loaded_bytes)
-    sizes = {words: planning.show_bytes(sharing * (peak_bytes(each) - each.loaded_bytes)) for words, each in changes.items()}
+    changes = {} if available is None else suggest_changes(job, available // sharing + held)
+    sizes = {words: planning.show_bytes(sharing * (peak_bytes(each) - held)) for words, each in changes.items()}
     listed = " or ".join(f"{words} ({shown})" for words, shown in sizes.items())
     together = f" in {sharing} processes" if sharing > 1 else ""
+    beside = ", beside the loaded model," if is_cpu else ""
     planning.check_memory(
-        sharing * (peak_bytes(job) - job.loaded_bytes),
-        purpose=f"training on rows of {row_tokens:,} tokens{together}, beside the loaded model,",
+        sharing * (peak_bytes(job) - held),
+        purpose=f"training on rows of {row_tokens:,} tokens{together}{beside}",
         remedy=f"Set {listed}." if listed else "No change of the recipe is enough: free memory, or take a smaller model.",
         device=device,
     )

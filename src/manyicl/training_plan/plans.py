@@ -6,11 +6,18 @@ Operations of an update are floating-point multiplications and additions, each c
     attention    6 · T² · H · D a row and layer, the causal half alone
 
 What is computed again (layers under gradient checkpointing, chunks of logits) is counted in the time and not among the
-operations that are needed. Time is operations over the device's matrix rate, times the share of it that is reached. For GPUs
-rates and sizes are published ones and the share is an assumption. A processor's rate is measured when the plan is made, in half
-a second, at the model's own linear layers; the shares were measured once (benchmarks/planning.py), on the default model with our
-kernels. That rate is no upper bound: shares over 100% say that a kernel is faster than small matrix products are. Transfers
-between devices, reading and tokenising count as nothing.
+operations that are needed. Their time is operations over the device's matrix rate, times the share of it that is reached. To it
+comes that of reading and writing trained weights and what belongs to them, which is bytes over the rate of the device's memory:
+
+    update       40 a trained weight: AdamW reads weight, gradient and two moments and writes three of them (28), the gradients'
+                 norm reads them (4), clipping reads and writes them (8)
+    pass         12 a trained weight where all are trained in bf16: its copy of 2 bytes is made from 4 (6), and its gradient of 4
+                 from 2 (6); 12 where gradients of an earlier pass of the update are there to be added to
+
+For GPUs rates and sizes are published ones and the share is an assumption. A processor's rates are measured when the plan is
+made, in half a second each: matrix products at the model's own linear layers, and copying a tensor; the shares were measured
+once (benchmarks/planning.py), on the default model with our kernels. The matrix rate is no upper bound: shares over 100% say
+that a kernel is faster than small matrix products are. Transfers between devices, reading and tokenising count as nothing.
 
 Letters: W weights of the linear layers, C hidden size, V vocabulary, T tokens of a row, H heads, D head size.
 """
@@ -18,7 +25,7 @@ Letters: W weights of the linear layers, C hidden size, V vocabulary, T tokens o
 import difflib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -31,6 +38,7 @@ from manyicl.modeling import load_config, resolve_dtype
 from manyicl.objective import CHUNK_POSITIONS
 from manyicl.planning import show_bytes
 from manyicl.training_plan.jobs import (
+    MASTER_BYTES,
     ONE_DEVICE,
     PUBLISHED,
     TARGET_SHARE,
@@ -45,6 +53,12 @@ from manyicl.training_plan.memory import MemoryParts, forecast_memory, peak_byte
 _MEASURED_SECONDS = 0.5
 _MEASURED_TOKENS = 2048
 _MEASURED_PRODUCTS = 8e9  # Multiplications of a pass, at most: shapes of 70B models are measured with fewer tokens.
+_COPIED_NUMBERS = 2**25  # More than caches hold.
+
+# Bytes read and written for each trained weight; see the module.
+_UPDATE_BYTES = 28 + 4 + 8
+_CAST_BYTES = 12
+_ADDED_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +88,14 @@ class Device:
 
     Attributes:
         matrix_rate: Operations per second of dense bf16 matrix products.
+        memory_rate: Bytes per second that are read from memory or written to it.
         memory_bytes: None where it is not known.
         price_per_hour: US dollars, an assumption.
     """
 
     name: str
     matrix_rate: float
+    memory_rate: float
     memory_bytes: int | None
     price_per_hour: float
     shares: Shares = GPU_SHARES
@@ -87,10 +103,10 @@ class Device:
 
 # Rates (without sparsity) and sizes as NVIDIA publishes them, of SXM boards and the L4. Prices are assumptions.
 GPUS = {
-    "H100": Device("H100", 989e12, 80_000_000_000, 3.00),
-    "H200": Device("H200", 989e12, 141_000_000_000, 4.00),
-    "A100": Device("A100", 312e12, 80_000_000_000, 1.80),
-    "L4": Device("L4", 121e12, 24_000_000_000, 0.80),
+    "H100": Device("H100", 989e12, 3.35e12, 80_000_000_000, 3.00),
+    "H200": Device("H200", 989e12, 4.8e12, 141_000_000_000, 4.00),
+    "A100": Device("A100", 312e12, 2.039e12, 80_000_000_000, 1.80),
+    "L4": Device("L4", 121e12, 0.3e12, 24_000_000_000, 0.80),
 }
 
 
@@ -173,19 +189,26 @@ def _choose(name: str, table: Mapping[str, Any], option: str) -> Any:
 
 
 def _measure_processor(decoder: Decoder, dtype: torch.dtype) -> Device:
-    """This machine: the rate of its matrix products at the model's own linear layers, and the memory available now."""
+    """This machine: rates of matrix products at the model's own linear layers and of copying, and the memory available now."""
     weights = decoder.shape.weights_per_layer
     tokens = max(16, min(_MEASURED_TOKENS, int(_MEASURED_PRODUCTS / weights)))
     sizes = decoder.linear_sizes().values()
     pairs = [(torch.randn(tokens, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)) for size_in, size_out in sizes]
+    products = _median_seconds(lambda: [torch.nn.functional.linear(rows, weight) for rows, weight in pairs])
+    numbers, copy = torch.ones(_COPIED_NUMBERS), torch.zeros(_COPIED_NUMBERS)
+    copying = _median_seconds(lambda: copy.copy_(numbers))
+    rates = 2 * tokens * weights / products, 2 * numbers.nbytes / copying
+    return Device("cpu", *rates, planning.available_bytes(torch.device("cpu")), 0.0, CPU_SHARES)
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    """Seconds that some work takes, repeated for half a second."""
     seconds: list[float] = []
     while sum(seconds) < _MEASURED_SECONDS or len(seconds) < 3:
         start = time.perf_counter()
-        for rows, weight in pairs:
-            torch.nn.functional.linear(rows, weight)
+        work()
         seconds.append(time.perf_counter() - start)
-    rate = 2 * tokens * weights / statistics.median(seconds)
-    return Device("cpu", rate, planning.available_bytes(torch.device("cpu")), 0.0, CPU_SHARES)
+    return statistics.median(seconds)
 
 
 def plan_training(job: TrainingJob, device: Device) -> TrainingPlan:
@@ -237,14 +260,26 @@ def _repeated_operations(job: TrainingJob) -> dict[str, int]:
 
 
 def forecast_seconds(job: TrainingJob, device: Device) -> float:
-    """Seconds of an update, on all devices together."""
+    """Seconds of an update, on all devices together.
+
+    Raises:
+        RecipeError: the devices or the rows cannot be shared out.
+    """
     needed, repeated, shares = _row_operations(job), _repeated_operations(job), device.shares
     equivalent = needed["linear"] / shares.linear + repeated["linear"] / shares.repeated
     if job.has_mask:  # The unseen half of the scores is computed too.
         equivalent += 2 * (needed["attention"] + repeated["attention"]) / shares.masked
     else:
         equivalent += needed["attention"] / shares.attention + repeated["attention"] / shares.repeated
-    return job.recipe.training.rows_per_step * equivalent / device.matrix_rate / job.layout.num_devices
+    products = job.recipe.training.rows_per_step * equivalent / device.matrix_rate / job.layout.num_devices
+    return products + weight_seconds(job, device)
+
+
+def weight_seconds(job: TrainingJob, device: Device) -> float:
+    """Seconds of an update in which trained weights, gradients and moments are read and written, by all devices at once."""
+    is_cast = job.is_full and job.dtype.itemsize < MASTER_BYTES
+    weight = _UPDATE_BYTES + job.num_passes * _CAST_BYTES * is_cast + (job.num_passes - 1) * _ADDED_BYTES
+    return job.num_trained / job.shards * weight / device.memory_rate
 
 
 def show_plan(plan: TrainingPlan) -> str:
@@ -253,6 +288,7 @@ def show_plan(plan: TrainingPlan) -> str:
     tuned = "all weights" if job.is_full else f"LoRA of rank {training.lora.rank}"
     saving = ", gradient checkpointing" if training.gradient_checkpointing else ""
     limit = "" if device.memory_bytes is None else f" of {show_bytes(device.memory_bytes)}"
+    weights = f"{weight_seconds(job, device):.2g} s of it for trained weights, at {device.memory_rate:.3g} bytes/s"
     lines = [
         f"model       {job.decoder.name}: {job.decoder.num_parameters:,} parameters, {job.num_trained:,} trained ({tuned})",
         f"devices     {_describe_layout(job.layout, device)}, {str(job.dtype).removeprefix('torch.')}{saving}",
@@ -267,6 +303,7 @@ def show_plan(plan: TrainingPlan) -> str:
         f"speed       {plan.tokens_per_second:,.0f} tokens/s, at {device.matrix_rate:.3g} operations/s a device, of which",
         f"            {_describe_shares(device.shares)}",
         f"time        {plan.seconds_per_update:.3g} s an update, {plan.hours:.3g} hours for {training.num_steps} updates",
+        *([f"            {weights}"] if job.is_full else []),
         f"cost        ${plan.cost:,.2f}, at ${device.price_per_hour:,.2f} a device and hour, {_describe_price(device)}",
     ]
     return "\n".join(lines + _warnings(plan))

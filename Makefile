@@ -1,4 +1,4 @@
-# make demo | test | check | bench | bench-foundation | bench-scoring | bench-training | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
+# make demo | test | check | fuzz | bench | bench-foundation | bench-scoring | bench-training | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
 # call costs nothing. `make demo` installs the runtime dependencies alone; the other targets add the tools to the same .venv.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ DEMO_QUERIES := 40
 DEMO_CONTEXT := 2048
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench bench-foundation bench-scoring bench-training vllm-env
+.PHONY: demo test check fuzz bench bench-foundation bench-scoring bench-training vllm-env
 
 demo: $(RUNTIME)
 	$(BIN)/manyicl train recipes/demo.yaml output=$(DEMO) --resume
@@ -38,6 +38,10 @@ check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_api.py
+
+# More than 20,000 requests made from the service's own OpenAPI document; ten minutes.
+fuzz: $(TOOLS)
+	MANYICL_FUZZ_EXAMPLES=1500 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
 
 bench: $(TOOLS)
 	@mkdir -p $(BENCHMARKS)
@@ -79,7 +83,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 
 $(TOOLS): $(RUNTIME)
 	@echo "installing the tools of development into $(VENV)"
-	@$(PIP) -c constraints.txt -e '.[dev,report]'
+	@$(PIP) -c constraints.txt -e '.[dev,report,serve,postgres]'
 	@touch $@
 
 $(PEERS): $(TOOLS)

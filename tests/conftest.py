@@ -7,7 +7,8 @@ marked `model`, and is skipped where the package that ships the model is absent.
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from hypothesis import settings
 from manyicl.tasks.task import Example, Task
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from manyicl.modeling import LoadedModel
@@ -34,6 +36,10 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+NO_CHROMIUM = (
+    "Chromium is absent: .venv/bin/playwright install --with-deps chromium, or where that cannot be reached: "
+    "apt-get install -y chromium"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -274,3 +280,24 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(raised.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """Chromium; of a module, as Playwright holds an event loop of its own as long as it runs."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        pytest.skip("Playwright is absent: .venv/bin/pip install playwright")
+    with sync_playwright() as playwright:
+        # A root user, as in containers, has no sandbox; the pages are our own.
+        options: dict[str, Any] = {"args": ["--no-sandbox"]}
+        try:
+            opened = playwright.chromium.launch(**options)
+        except Error:
+            found = shutil.which("chromium") or shutil.which("google-chrome")
+            if found is None:
+                pytest.skip(NO_CHROMIUM)
+            opened = playwright.chromium.launch(executable_path=found, **options)
+        yield opened
+        opened.close()

@@ -181,6 +181,17 @@ def test_an_opened_prefix_outlives_its_entry(store: PrefixStore) -> None:
     assert is_made_of(found[0], 1)
 
 
+def test_what_is_removed_is_gone_and_the_others_stay(store: PrefixStore) -> None:
+    key, other = store.put(make_prefix(1), FACTS), store.put(make_prefix(2), FACTS)
+    found = store.get(key)
+    for removed in (key, key, "0" * 64, "..", other[:10]):
+        store.remove(removed)
+    assert store.keys() == [other]
+    assert sorted(path.name for path in store.folder.iterdir()) == sorted([".lock", other])
+    assert found is not None
+    assert is_made_of(found[0], 1)
+
+
 @pytest.mark.parametrize("damage", ["states", "json", "missing", "torn"])
 def test_a_damaged_entry_is_removed_and_said_to_be_absent(
     store: PrefixStore, caplog: pytest.LogCaptureFixture, damage: str

@@ -62,6 +62,7 @@ COMMANDS = [
     "serve",
     "tasks",
     "keys",
+    "client",
 ]
 MAX_CPU_SECONDS = 0.5
 

@@ -11,7 +11,9 @@ A message says what was seen (with sizes, file and line where there is one) and 
     │   ├── RecordsError      a file of records
     │   ├── PrefixError       a saved prefix: of another model, torn or damaged
     │   └── StorageError      a full disk, a folder that cannot be written
-    └── CheckpointError       a checkpoint that does not hold what its manifest says
+    ├── CheckpointError       a checkpoint that does not hold what its manifest says
+    ├── OverloadedError       a queue that is full, a service that stops: HTTP 429
+    └── DeadlineError         a query whose time is up: HTTP 504
 """
 
 
@@ -53,3 +55,19 @@ class StorageError(UserInputError):
 
 class CheckpointError(ManyICLError):
     """A checkpoint does not hold what its manifest says."""
+
+
+class OverloadedError(ManyICLError):
+    """More is waiting than can be served soon.
+
+    Args:
+        retry_after_seconds: When there is probably room again.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineError(ManyICLError):
+    """The time that a query was given is up."""

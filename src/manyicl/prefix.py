@@ -201,9 +201,9 @@ def run_branches(
     position_ids: torch.Tensor,
     branches: Branches,
     *,
-    logits_to_keep: int,
+    logits_to_keep: int | torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [B, logits_to_keep, V] of the last tokens of each branch; keys and values are left in `branches.past`."""
+    """Logits [B, ., V] of each branch's last tokens, or of those at given places; keys and values are left in `branches.past`."""
     # A mask of four dimensions is passed through as it is; ours travels in `branches`, so this one only says "make none".
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     output = model(

@@ -119,6 +119,16 @@ class PrefixStore:
                     writing.rename(entry)
         return key
 
+    def remove(self, key: str) -> None:
+        """Remove the prefix of a key from the disk, where there is one; who has it open keeps it.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        if _KEY.fullmatch(key):
+            with self._lock():
+                _evict(self.folder / key)
+
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self.max_bytes:
             raise StorageError(

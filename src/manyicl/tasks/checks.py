@@ -26,6 +26,7 @@ _LABEL_IN_INPUT_SHARE = 0.2
 _LABEL_IN_INPUT_DEVIATIONS = 3.0
 _ODD_ANSWERS_SHARE = 0.05
 _COPIED_SHARE = 0.5
+_SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +120,19 @@ def _check_answers(task: Task) -> Iterator[Finding]:
         if not example.answer.strip():
             yield Finding("error", "empty answer", task.name, "the answer is empty; fill it in or remove the row", example.source)
         elif choices and example.answer not in choices:
-            message = f"{example.answer!r} is not among {len(choices)} labels"
+            message = f"{_quote(example.answer)} is not among {len(choices)} labels"
             yield Finding("error", "unknown label", task.name, message, example.source)
         if not example.input.strip():
             yield Finding("error", "empty input", task.name, "the input is empty; fill it in or remove the row", example.source)
     if task.metric == "numeric_match":
         for example in task.train + task.test:
             if example.answer.strip() and not any(character.isdigit() for character in example.answer):
-                message = f"{example.answer!r} holds no number, and is judged as one"
+                message = f"{_quote(example.answer)} holds no number, and is judged as one"
                 yield Finding("error", "no number", task.name, message, example.source)
     elif not task.is_choice:
         odd = [example for example in task.train if not _is_number(example.answer)]
         if 0 < len(odd) <= _ODD_ANSWERS_SHARE * len(task.train):
-            message = f"{len(odd)} of {len(task.train)} answers are no numbers, the others are; first {odd[0].answer!r}"
+            message = f"{len(odd)} of {len(task.train)} answers are no numbers, the others are; first {_quote(odd[0].answer)}"
             yield Finding("warning", "mixed types", task.name, message, odd[0].source)
 
 
@@ -156,7 +157,7 @@ def _check_duplicates(task: Task) -> Iterator[Finding]:
             conflict = known.answer != example.answer
             message = f"the input stands at {known.source or 'an earlier example'} too"
             if conflict:
-                message += f", with the answer {known.answer!r} instead of {example.answer!r}"
+                message += f", with the answer {_quote(known.answer)} instead of {_quote(example.answer)}"
             yield Finding("warning", "conflicting duplicate" if conflict else "duplicate", task.name, message, example.source)
 
 
@@ -241,3 +242,8 @@ def _normalise(text: str) -> str:
     Signs inside a text do: 3 + 4 is not 3 - 4.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .,;:!?")
+
+
+def _quote(text: str) -> str:
+    """A text in quotes, cut where it is long: one text may stand in the message of every row."""
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")

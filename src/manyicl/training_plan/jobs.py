@@ -204,7 +204,7 @@ class TrainingJob:
 
     @property
     def has_mask(self) -> bool:
-        """Whether attention takes a mask: a window is shorter than rows, or they are padded or packed and our kernel is absent."""
+        """Whether attention takes a mask: a window is shorter than rows, or they are padded or packed without our kernel."""
         window, training = self.decoder.window, self.recipe.training
         if window is not None and window < self.recipe.episodes.max_tokens:
             return True

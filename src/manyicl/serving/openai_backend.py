@@ -1,0 +1,430 @@
+"""Any server with OpenAI's completions in place of our own model, with prefix caching on its side.
+
+In: tasks and inputs. Out: what `backends.Backend` says. Our encoder makes the tokens, so that a tuned model sees those of its
+training; they are sent as ids where the server takes these. Nothing is kept here: a context is made anew from its examples.
+
+A label's score is the sum of the log-probabilities of its tokens and its end, exact in both ways in which it is had:
+
+    tells_chosen   of each token that some label goes on with, after the query and what labels share: one prompt for each such
+                   place, all of an input's in one request; of each prompt only what follows the cached prefix is computed
+    tells_prompt   of the label's own tokens at the end of a prompt: one prompt for each label, each computed whole
+
+A server that does neither cannot score labels, and says so. What it tells of the cached tokens of contexts and answers is passed
+on; without that, and for scores of chosen tokens, the context counts as cached. Where it tells chosen tokens, its cache is
+salted with the task's key, so that tasks share nothing.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from manyicl.encoding import Encoder
+from manyicl.errors import BudgetError, DeadlineError, ManyICLError, ModelError, OverloadedError, UserInputError
+from manyicl.label_trie import LabelTrie, TokenIds, build_trie
+from manyicl.modeling import Format, load_tokenizer
+from manyicl.sampling import ShownText, read_token
+from manyicl.serving.backends import (
+    BackendLimits,
+    BackendLoad,
+    FinishReason,
+    GenerationOptions,
+    Piece,
+    Prepared,
+    Scored,
+    TaskSpec,
+    TokenLogprob,
+)
+from manyicl.serving.batching import stopping
+from manyicl.serving.contexts import TaskContext, plan_context
+from manyicl.serving.remote_server import ID_MARK, MAX_CHOSEN_TOKENS, Json, RemoteServer, ServerAbilities, read_usage
+
+MAX_CONTEXTS = 256
+RETRY_SECONDS = 1.0
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+
+
+def open_encoder(model: str, *, format: Format = "plain") -> Encoder:
+    """The encoder of the model that a server runs, from its tokenizer alone; `model` is a name or folder on this machine.
+
+    Raises:
+        ModelError: there is no such tokenizer, or it has no chat template and `format` asks for it.
+    """
+    return Encoder(load_tokenizer(model), format=format)
+
+
+class OpenAIBackend:
+    """Serves tasks through another server; see the module and `backends.Backend`.
+
+    Args:
+        base_url: The server's address, up to and with its `/v1`.
+        model: The model's name there.
+        make_encoder: Makes the encoder, `partial(open_encoder, "runs/mine-merged")` for instance; run once, in a thread.
+        context_tokens: Tokens that demonstrations, query and answer may have; None takes what the server says.
+        api_key: The server's key; None for none.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        make_encoder: Callable[[], Encoder],
+        *,
+        context_tokens: int | None = None,
+        api_key: str | None = None,
+        limits: BackendLimits | None = None,
+    ) -> None:
+        self.name = model
+        self._make_encoder = make_encoder
+        self._context_tokens = context_tokens
+        self._limits = limits or BackendLimits()
+        self._server = RemoteServer(base_url, model, api_key=api_key)
+        self._slots = asyncio.Semaphore(self._limits.max_batch_queries)
+        self._contexts: OrderedDict[str, tuple[TaskSpec, TaskContext]] = OrderedDict()
+        self._num_running = 0
+        self._is_closed = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._opened: Counter[str] = Counter()
+        self._cached_tokens = self._computed_tokens = 0
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that demonstrations, query and answer may have together; known once started."""
+        return self._context_tokens or 0
+
+    async def start(self) -> None:
+        """Load the tokenizer, and ask the server for the model and for what it takes.
+
+        Raises:
+            ModelError: it has no such model, or does not say how many tokens that takes.
+            BudgetError: it takes fewer than asked for.
+        """
+        self._encoder = await asyncio.to_thread(self._make_encoder)
+        asked, told = self._context_tokens, await self._server.read_context_tokens()
+        if asked is None and told is None:
+            raise ModelError(
+                f"{self._server.base_url} does not say how many tokens {self.name!r} takes. Give the context in tokens."
+            )
+        if asked is not None and told is not None and asked > told:
+            raise BudgetError(
+                f"a context of {asked} tokens was asked of {self.name!r}, which takes {told}. Give a number up to that."
+            )
+        self._context_tokens = asked if asked is not None else told
+        probe = self._encoder.encode_query("A")
+        self._abilities: ServerAbilities = await self._server.find_abilities(probe, self._decode(probe))
+
+    async def stop(self) -> None:
+        """Finish what has begun, and refuse everything else."""
+        self._is_closed = True
+        await self._is_idle.wait()
+        await self._server.close()
+
+    async def prepare(self, spec: TaskSpec, *, progress: Progress | None = None) -> Prepared:
+        """Let the server compute a task's context once; see `backends.Backend.prepare`. Its cache is its own affair."""
+        start = time.monotonic()
+        context = await self._open(spec)
+        num_tokens, computed = len(context.token_ids), 0
+        if context.num_shots:
+            with self._admit(1):
+                answer = await self._server.complete(self._body(context.token_ids, spec) | {"max_tokens": 1, "temperature": 0})
+            usage = read_usage(answer)
+            computed = num_tokens if usage.cached_tokens is None else max(0, usage.prompt_tokens - usage.cached_tokens)
+            self._computed_tokens += computed
+        if progress is not None:
+            progress(num_tokens, num_tokens)
+        return Prepared(context.num_shots, num_tokens, computed, context.left_out, time.monotonic() - start)
+
+    async def extend(self, spec: TaskSpec, num_old: int, *, progress: Progress | None = None) -> Prepared:
+        """Like `prepare`: the server finds what it has of the shorter context in its cache."""
+        return await self.prepare(spec, progress=progress)
+
+    async def plan(self, spec: TaskSpec) -> Prepared:
+        """What `prepare` would return, without computing anything."""
+        context = await asyncio.to_thread(plan_context, spec, self._encoder, self.context_tokens)
+        return Prepared(context.num_shots, context.stops[-1], 0, context.left_out, 0.0)
+
+    async def forget(self, key: str) -> None:
+        """Forget a task's context here. What the server's cache holds is used under no other task's key, and goes in time."""
+        self._contexts.pop(key, None)
+
+    async def score(
+        self, spec: TaskSpec, inputs: Sequence[str], *, num_shots: int | None = None, deadline: float | None = None
+    ) -> Scored:
+        """Log-probability of each label of the task after each input; see the module."""
+        if not spec.labels:
+            raise UserInputError("the task has no labels to score. Ask for an answer as text instead.")
+        if not (self._abilities.tells_chosen or self._abilities.tells_prompt):
+            raise UserInputError(
+                f"the server at {self._server.base_url} tells log-probabilities neither of chosen tokens (logprob_token_ids) nor "
+                "of prompts given as tokens (echo), so that labels cannot be scored on it."
+            )
+        context = await self._open(spec)
+        trie = build_trie(context.label_ids)
+        queries = await asyncio.to_thread(lambda: [self._encoder.encode_query(text) for text in inputs])
+        shots = context.fit_inputs(list(map(len, queries)), self.context_tokens, num_shots=num_shots)
+        prompts = [context.token_ids[: context.stops[own]] + query for own, query in zip(shots, queries, strict=True)]
+        with self._admit(len(inputs)):
+            async with _until(deadline):
+                found = await _gather([self._score_one(spec, prompt, context.label_ids, trie) for prompt in prompts])
+        if self._abilities.tells_chosen:
+            cached = tuple(context.stops[own] for own in shots)
+            computed = tuple(len(query) + len(trie.tokens) for query in queries)
+        else:
+            cached = (0,) * len(prompts)
+            computed = tuple(len(prompt) * len(context.label_ids) + sum(map(len, context.label_ids)) for prompt in prompts)
+        self._note(sum(cached), sum(computed))
+        return Scored(tuple(found), tuple(shots), cached, computed)
+
+    async def generate(
+        self, spec: TaskSpec, input: str, options: GenerationOptions, *, deadline: float | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer to an input, piece by piece; see `backends.Backend.generate`."""
+        context = await self._open(spec)
+        query = self._encoder.encode_query(input)
+        shots = context.fitting_shots(len(query), self.context_tokens)
+        prompt = context.token_ids[: context.stops[shots]] + query
+        left = self.context_tokens - len(prompt)
+        body = self._body(prompt, spec) | {
+            "max_tokens": left if options.max_tokens is None else min(left, options.max_tokens),
+            "temperature": options.temperature,
+            "seed": secrets.randbits(63) if options.seed is None else options.seed % 2**63,
+            "stream_options": {"include_usage": True},
+        }
+        if self._abilities.tells_chosen:  # Then it takes these too. Log-probabilities are asked for to count tokens by.
+            terminator = self._encoder.terminator_id
+            body |= {"stop_token_ids": [terminator], "return_tokens_as_token_ids": True, "logprobs": options.top_logprobs or 0}
+        elif options.top_logprobs is not None:
+            body |= {"logprobs": options.top_logprobs}
+        reader = _AnswerReader(self._encoder, options, cached_tokens=context.stops[shots], computed_tokens=len(query))
+        with self._admit(1):
+            async with _until(deadline):
+                await self._slots.acquire()
+            try:
+                async with contextlib.aclosing(self._server.stream(body)) as chunks:
+                    while not reader.is_finished:
+                        async with _until(deadline):
+                            chunk = await anext(chunks, None)
+                        if chunk is None and not reader.has_ended:
+                            raise ManyICLError(f"the server at {self._server.base_url} broke off in the middle of an answer.")
+                        for piece in reader.take(chunk):
+                            yield piece
+            finally:
+                self._slots.release()
+        self._note(reader.cached_tokens, reader.computed_tokens + reader.num_tokens)
+
+    def load(self) -> BackendLoad:
+        """How busy it is. Passes are the server's own: it batches what reaches it at the same time."""
+        return BackendLoad(
+            num_running=self._num_running,
+            opened=dict(self._opened),
+            cached_tokens=self._cached_tokens,
+            computed_tokens=self._computed_tokens,
+        )
+
+    async def _open(self, spec: TaskSpec) -> TaskContext:
+        """The context of a task, made where it is not remembered."""
+        held = self._contexts.get(spec.key)
+        if held is not None and (held[0] is spec or held[0] == spec):
+            self._contexts.move_to_end(spec.key)
+            self._opened["memory"] += 1
+            return held[1]
+        context = await asyncio.to_thread(plan_context, spec, self._encoder, self.context_tokens)
+        self._opened["computed"] += 1
+        self._contexts[spec.key] = spec, context
+        self._contexts.move_to_end(spec.key)
+        if len(self._contexts) > MAX_CONTEXTS:
+            self._contexts.popitem(last=False)
+        return context
+
+    @contextlib.contextmanager
+    def _admit(self, num_items: int) -> Iterator[None]:
+        """Count work that is sent on, and refuse what is too much."""
+        limit = self._limits.max_queue
+        if self._is_closed:
+            raise stopping()
+        if num_items > limit:
+            raise BudgetError(f"{num_items} inputs in one call are more than the {limit} allowed. Send them in parts.")
+        if self._num_running + num_items > limit:
+            raise OverloadedError(
+                f"{self._num_running} queries are with the server and {num_items} more were sent; {limit} are allowed.",
+                retry_after_seconds=RETRY_SECONDS,
+            )
+        self._num_running += num_items
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
+            self._num_running -= num_items
+            if not self._num_running:
+                self._is_idle.set()
+
+    async def _score_one(
+        self, spec: TaskSpec, prompt: TokenIds, label_ids: Sequence[TokenIds], trie: LabelTrie
+    ) -> tuple[float, ...]:
+        """Scores of the labels after a prompt."""
+        if not self._abilities.tells_chosen:
+            return tuple(map(sum, await _gather([self._tell_prompt(prompt + label, len(label)) for label in label_ids])))
+        paths, extra = _column_paths(trie), self._salt(spec)
+        requests = _plan_requests(trie)
+        answers = await _gather(
+            [self._tell_chosen([prompt + paths[column] for column in columns], tokens, extra) for columns, tokens in requests]
+        )
+        values: dict[tuple[int, int], float] = {}
+        for (columns, _), found in zip(requests, answers, strict=True):
+            for column, own in zip(columns, found, strict=True):
+                values |= {(column, token): value for token, value in own.items()}
+        edges = np.array([values[edge] for edge in trie.edges])
+        return tuple(trie.totals(edges).tolist())
+
+    async def _tell_chosen(self, prompts: Sequence[TokenIds], tokens: Sequence[int], extra: Json) -> list[dict[int, float]]:
+        async with self._slots:
+            return await self._server.tell_chosen(prompts, tokens, extra)
+
+    async def _tell_prompt(self, prompt: TokenIds, num_last: int) -> list[float]:
+        async with self._slots:
+            return await self._server.tell_prompt(prompt, num_last)
+
+    def _body(self, prompt: TokenIds, spec: TaskSpec) -> Json:
+        given: Any = list(prompt) if self._abilities.takes_ids else self._decode(prompt)
+        return {"prompt": given} | self._salt(spec)
+
+    def _decode(self, prompt: TokenIds) -> str:
+        """A prompt as text; without its start token, which a server puts there by itself."""
+        tokenizer = self._encoder.tokenizer
+        return str(tokenizer.decode(list(prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt)))
+
+    def _salt(self, spec: TaskSpec) -> Json:
+        return {"cache_salt": spec.key} if self._abilities.tells_chosen else {}
+
+    def _note(self, cached_tokens: int, computed_tokens: int) -> None:
+        self._cached_tokens += cached_tokens
+        self._computed_tokens += computed_tokens
+
+
+class _AnswerReader:
+    """Makes pieces of the chunks of a streamed answer."""
+
+    def __init__(self, encoder: Encoder, options: GenerationOptions, *, cached_tokens: int, computed_tokens: int) -> None:
+        self.cached_tokens = cached_tokens
+        self.computed_tokens = computed_tokens
+        self.num_tokens = 0
+        self.has_ended = self.is_finished = False
+        self._tokenizer = encoder.tokenizer
+        self._terminator_id = encoder.terminator_id
+        self._options = options
+        # The terminator as text: a server that is not told of it may not know that the answer ends there.
+        self._text = ShownText((*options.stop, str(encoder.tokenizer.decode([encoder.terminator_id]))))
+        self._reason: FinishReason = "stop"
+
+    def take(self, chunk: Json | None) -> list[Piece]:
+        """The pieces of a chunk, None after the last one; the last piece waits for what the server says of its tokens."""
+        pieces: list[Piece] = []
+        for choice in (chunk or {}).get("choices") or []:
+            pieces += self._read(choice)
+            self.has_ended = self.has_ended or choice.get("finish_reason") is not None
+            self._reason = "length" if choice.get("finish_reason") == "length" else self._reason
+        if self._text.is_stopped:
+            self.has_ended, self._reason, chunk = True, "stop", None
+        if chunk is not None and chunk.get("usage"):
+            usage = read_usage(chunk)
+            if usage.cached_tokens is not None:
+                self.cached_tokens = usage.cached_tokens
+                self.computed_tokens = max(0, usage.prompt_tokens - usage.cached_tokens)
+        if chunk is None:
+            self.is_finished = True
+            pieces.append(self._piece(self._text.finish(), reason=self._reason))
+        return pieces
+
+    def _read(self, choice: Json) -> list[Piece]:
+        """A piece for each token of a chunk; its text comes with the last one."""
+        text, told = str(choice.get("text") or ""), choice.get("logprobs") or {}
+        tokens = told.get("tokens") or ([text] if text else [])
+        values = told.get("token_logprobs") or [None] * len(tokens)
+        alternatives = told.get("top_logprobs") or [None] * len(tokens)
+        steps = [step for step in zip(tokens, values, alternatives, strict=True) if step[0] != f"{ID_MARK}{self._terminator_id}"]
+        shown = self._text.take(text)
+        pieces = []
+        for place, (token, value, others) in enumerate(steps):
+            self.num_tokens += 1
+            is_told = self._options.top_logprobs is not None and value is not None
+            best = sorted((others or {}).items(), key=lambda item: -item[1])[: self._options.top_logprobs or 0]
+            pieces.append(
+                self._piece(
+                    shown if place + 1 == len(steps) else "",
+                    self._describe(token, value) if is_told else None,
+                    tuple(self._describe(*other) for other in best),
+                )
+            )
+        return pieces if steps or not shown else [self._piece(shown)]
+
+    def _piece(
+        self,
+        text: str,
+        token: TokenLogprob | None = None,
+        alternatives: tuple[TokenLogprob, ...] = (),
+        reason: FinishReason | None = None,
+    ) -> Piece:
+        return Piece(text, token, alternatives, reason, self.num_tokens, self.cached_tokens, self.computed_tokens)
+
+    def _describe(self, token: str, value: float) -> TokenLogprob:
+        if token.startswith(ID_MARK):
+            return TokenLogprob(*read_token(self._tokenizer, int(token.removeprefix(ID_MARK))), value)
+        return TokenLogprob(token, token.encode(), value)
+
+
+def _column_paths(trie: LabelTrie) -> list[TokenIds]:
+    """The tokens that lead to each column of a trie: none to column 0, and each node's own and those before it to the others."""
+    paths: list[TokenIds] = [()]
+    for token, parent in zip(trie.tokens, trie.parents, strict=True):
+        paths.append((*paths[parent + 1], token))
+    return paths
+
+
+def _plan_requests(trie: LabelTrie) -> list[tuple[list[int], list[int]]]:
+    """Columns and tokens of each request: together every edge, in as few requests as the number of tokens in one allows."""
+    by_column: dict[int, list[int]] = {}
+    for column, token in trie.edges:
+        by_column.setdefault(column, []).append(token)
+    requests: list[tuple[list[int], list[int]]] = []
+    for column, tokens in by_column.items():
+        for first in range(0, len(tokens), MAX_CHOSEN_TOKENS):
+            part = tokens[first : first + MAX_CHOSEN_TOKENS]
+            known = requests[-1] if requests else ([], [])
+            union = list(dict.fromkeys((*known[1], *part)))
+            if requests and column not in known[0] and len(union) <= MAX_CHOSEN_TOKENS:
+                requests[-1] = ([*known[0], column], union)
+            else:
+                requests.append(([column], part))
+    return requests
+
+
+async def _gather(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results; when one fails or the caller leaves, the others are cancelled."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline: float | None) -> AsyncGenerator[None, None]:
+    """Cancel what is done inside when the deadline passes.
+
+    Raises:
+        DeadlineError: it has passed.
+    """
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            yield
+    except TimeoutError as error:
+        raise DeadlineError("the server has not answered in the time that the query was given.") from error

@@ -1,0 +1,438 @@
+"""The page in Chromium against a running service: a task from its examples to its deletion, and everything that goes wrong."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from manyicl.serving import jobs
+from manyicl.serving.backends import Prepared, TaskSpec
+from manyicl.serving.keys import add_key
+from manyicl.serving.settings import Settings
+from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, overloaded, plain_file, serving, wait_for
+from test_serving_guard import Caller
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.slow
+
+EVIL = "<script>window.evil=1</script><img src=x onerror=window.evil=2>"
+NO_TABLE = 'Line 1 is neither an object such as {"prompt": …, "completion": …} nor a row of two columns, input and answer.'
+NAMES = """() => [...document.querySelectorAll("input, textarea, button, [role=progressbar], section, nav, dialog")]
+    .filter((node) => !(node.labels && node.labels.length) && !node.getAttribute("aria-labelledby") && !node.textContent.trim())
+    .map((node) => node.outerHTML)"""
+# Every visible text with less contrast to what lies behind it than WCAG AA asks for: 4.5, and 3 where it is large.
+FAINT = """() => {
+    const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+    const light = ([red, green, blue]) => [red, green, blue].map((value) => value / 255)
+        .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
+    const behind = (node) => {
+        for (let at = node; at; at = at.parentElement) {
+            const colour = parse(getComputedStyle(at).backgroundColor);
+            if (colour.length < 4 || colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const found = [];
+    for (const node of document.querySelectorAll("body *")) {
+        const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+        if (!hasText || !node.checkVisibility() || node.closest("[disabled], svg")) continue;
+        const style = getComputedStyle(node);
+        const [one, other] = [light(parse(style.color)), light(behind(node))].sort((a, b) => b - a);
+        const ratio = (one + 0.05) / (other + 0.05);
+        if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) found.push([node.outerHTML.slice(0, 100), ratio]);
+    }
+    return found;
+}"""
+
+
+class SteppedBackend(FakeBackend):
+    """Computes the first 40 of 100 tokens, and the others when `gate` is opened."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    async def prepare(self, spec: TaskSpec, *, progress: Callable[[int, int], None] | None = None) -> Prepared:
+        if progress is not None:
+            progress(40, 100)
+        while not self.gate.is_set():
+            await asyncio.sleep(0.01)
+        return await super().prepare(spec, progress=progress)
+
+
+class Opened:
+    """The page of a service, with what it has said and asked for."""
+
+    def __init__(self, browser: "Browser", address: str, **options: Any) -> None:
+        self.address = address
+        self.context = browser.new_context(**options)
+        self.context.set_default_timeout(10_000)
+        self.page: Page = self.context.new_page()
+        self.said: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.said.append(f"dialog {dialog.message}"))
+        self.page.on("request", lambda request: self.hosts.add("/".join(request.url.split("/")[:3])))
+        self.page.goto(address)
+
+    def check(self, text: str) -> None:
+        self.page.fill("#examples", text)
+        self.page.click("#check")
+
+    def make(self, content: bytes, name: str) -> None:
+        self.check(content.decode())
+        self.page.fill("#name", name)
+        self.page.click("#create")
+        self.page.wait_for_selector("#task:visible")
+
+    def ask(self, text: str) -> None:
+        self.page.fill("#query", text)
+        self.page.click("#ask")
+
+    def texts(self, selector: str) -> list[str]:
+        return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
+
+    def error(self, name: str) -> str:
+        self.page.wait_for_selector(f"#{name}-error:visible")
+        return self.page.inner_text(f"#{name}-error")
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> SteppedBackend:
+    return SteppedBackend(tmp_path / "fake", context_tokens=5000)
+
+
+@pytest.fixture
+def address(tmp_path: Path, backend: SteppedBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(jobs, "_PROGRESS_SECONDS", 0)
+    with serving(Settings(tmp_path / "data"), backend) as address:
+        yield address
+
+
+@pytest.fixture
+def opened(browser: "Browser", address: str) -> Iterator[Opened]:
+    found = Opened(browser, address, viewport={"width": 1200, "height": 900}, color_scheme="light")
+    yield found
+    found.context.close()
+
+
+def test_a_task_from_its_examples_to_its_deletion(opened: Opened, backend: SteppedBackend, address: str) -> None:
+    page = opened.page
+    backend.gate.clear()
+    opened.check(plain_file(TICKETS * 3).decode())
+    page.wait_for_selector("#checked:visible")
+    assert page.inner_text("#verdict") == "Usable, with 12 warnings"
+    assert opened.texts("#label-counts li") == ["billing\n9", "bug\n9"]
+    assert page.inner_text("#fit").startswith("18 of 18 examples fit: ")
+    page.fill("#name", "tickets")
+    page.click("#create")
+    progress = page.get_by_role("progressbar", name="Making tickets")
+    page.wait_for_selector("#progress[aria-valuenow='40']")
+    assert progress.is_visible()
+    assert page.inner_text("#job-status") == "Reading the examples: 40 of 100 tokens."
+    assert "18 examples read; 2 labels." in opened.texts("#events li")
+    backend.gate.set()
+    page.wait_for_selector("#task:visible")
+    assert page.inner_text("#task-title") == "tickets"
+    assert page.evaluate("document.activeElement.id") == "task-title"
+    assert opened.texts("#tasks li") == ["tickets"]
+    assert page.get_attribute("#tasks button", "aria-current") == "page"
+    assert opened.texts("#cost dd")[0] == "18 of 18"
+    opened.ask("my invoice is wrong")
+    page.wait_for_selector("#answer:visible")
+    assert page.inner_text("#answer-text") == "billing"
+    shares = [float(text.split("\n")[1].removesuffix("%")) for text in opened.texts("#probabilities li")]
+    assert [text.split("\n")[0] for text in opened.texts("#probabilities li")] == ["billing", "bug"]
+    assert shares[0] > 90
+    assert sum(shares) == pytest.approx(100, abs=0.1)
+    widths = page.eval_on_selector_all("#probabilities .meter div", "(bars) => bars.map((bar) => bar.style.width)")
+    assert [float(width.removesuffix("%")) for width in widths] == pytest.approx(shares, abs=0.1)
+    page.wait_for_function("document.querySelector('#answer-cost').textContent.includes('cached')")
+    assert "after 18 shots. Tokens: " in page.inner_text("#answer-cost")
+    page.click("#measure")
+    page.wait_for_selector("#curve:visible")
+    assert [text.split("\t")[0] for text in opened.texts("#curve-rows tr")] == ["0", "1", "4", "14"]
+    assert page.locator("#plot svg .point").count() == 4
+    assert page.locator("#plot svg").bounding_box()["width"] > 500  # type: ignore[index]
+    call = Caller(address)
+    assert call("GET", "/v1/files")[1]["data"] == []  # What the page uploaded it also removed.
+    page.click("#delete")
+    assert page.inner_text("#confirm-title") == "Delete tickets?"
+    page.keyboard.press("Escape")
+    assert [model["id"] for model in call("GET", "/v1/models")[1]["data"]] == ["base", "tickets"]
+    page.click("#delete")
+    page.click("#confirm-yes")
+    page.wait_for_selector("#no-tasks:visible")
+    assert page.locator("#make").is_visible()
+    assert [model["id"] for model in call("GET", "/v1/models")[1]["data"]] == ["base"]
+    assert (opened.said, opened.hosts) == ([], {address})
+
+
+def test_a_bad_line_is_named_and_found(opened: Opened) -> None:
+    lines = plain_file(TICKETS).decode().splitlines()
+    lines[2] = "refund my invoice"
+    opened.check("\n".join(lines))
+    opened.page.wait_for_selector("#checked:visible")
+    assert opened.page.inner_text("#verdict") == "Not usable yet: 1 error"
+    assert opened.texts("#problems li") == [
+        "Line 3\nError: broken JSON\nBroken JSON at column 1: Expecting value. Mend or remove the line."
+    ]
+    assert opened.page.locator("#create-form").is_hidden()
+    opened.page.click("#problems button")
+    selected = "(area) => area.value.slice(area.selectionStart, area.selectionEnd)"
+    assert opened.page.eval_on_selector("#examples", selected) == lines[2]
+    assert opened.page.evaluate("document.activeElement.id") == "examples"
+    opened.page.fill("#examples", "\n".join(lines[:2]))
+    assert opened.page.locator("#checked").is_hidden()
+    assert opened.said == []
+
+
+def test_what_users_write_is_never_markup(opened: Opened, address: str) -> None:
+    page = opened.page
+    pairs = [(f"{EVIL} {number}", [EVIL, "plain"][number % 2]) for number in range(10)]
+    opened.check(chat_file([*pairs, (f"{EVIL} 3", EVIL)], system=EVIL).decode())
+    page.wait_for_selector("#checked:visible")
+    assert opened.texts("#label-counts .label") == [EVIL, "plain"]
+    assert EVIL in page.inner_text("#problems")
+    assert EVIL in page.inner_text("#check-facts")
+    page.fill("#name", EVIL)
+    page.click("#create")
+    assert page.eval_on_selector("#name", "(field) => field.validity.patternMismatch")
+    assert Caller(address)("GET", "/v1/fine_tuning/jobs")[1]["data"] == []
+    page.fill("#name", "evil")
+    page.click("#create")
+    page.wait_for_selector("#task:visible")
+    assert page.inner_text("#instruction") == EVIL
+    opened.ask(EVIL)
+    page.wait_for_selector("#answer:visible")
+    assert sorted(opened.texts("#probabilities .label")) == sorted([EVIL, "plain"])
+    page.wait_for_function("document.querySelector('#code').textContent.includes('evil=1')")
+    assert page.evaluate("[window.evil === undefined, document.images.length, document.scripts.length]") == [True, 0, 4]
+    assert opened.said == []
+    refused = "document.body.innerHTML = '<b>x</b>'"
+    with pytest.raises(Exception, match="TrustedHTML"):
+        page.evaluate(refused)
+
+
+def test_a_wrong_key_is_said_and_a_right_one_is_kept_in_the_tab(
+    browser: "Browser", tmp_path: Path, backend: SteppedBackend
+) -> None:
+    key = add_key(tmp_path / "keys.txt", "acme")
+    with serving(Settings(tmp_path / "data", api_keys=tmp_path / "keys.txt"), backend) as address:
+        opened = Opened(browser, address)
+        page = opened.page
+        assert opened.error("tasks") == "Give your API key to see your tasks."
+        page.fill("#key", "mi-wrong")
+        page.press("#key", "Enter")
+        page.wait_for_function("document.querySelector('#tasks-error').textContent.startsWith('Incorrect')")
+        assert opened.error("tasks") == "Incorrect API key provided."
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.fill("#key", key)
+        page.press("#key", "Enter")
+        page.wait_for_selector("#no-tasks:visible")
+        assert page.locator("#tasks-error").is_hidden()
+        assert page.input_value("#key") == ""
+        opened.make(chat_file(TICKETS), "mine")
+        assert 'os.environ["MANYICL_API_KEY"]' in page.inner_text("#code")
+        assert key not in page.content()
+        assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        page.reload()
+        page.wait_for_selector("#tasks button")
+        page.click("#forget-key")
+        assert opened.error("tasks") == "Give your API key to see your tasks."
+        assert (opened.texts("#tasks li"), page.evaluate("sessionStorage.length")) == ([], 0)
+        assert len(opened.said) == 1
+        assert "401" in opened.said[0]
+        opened.context.close()
+
+
+def test_free_text_is_streamed_and_stopped(opened: Opened, backend: SteppedBackend) -> None:
+    page = opened.page
+    opened.make(plain_file(CAPITALS), "capitals")
+    assert page.inner_text("#quality-title") == "Quality"
+    opened.ask("capital of Norway")
+    page.wait_for_function("document.querySelector('#answer-cost').textContent.endsWith('4 written.')")
+    assert page.inner_text("#answer-text") == "Oslo"
+    backend.delay = 0.4
+    opened.ask("capital of France")
+    page.wait_for_function("document.querySelector('#answer-text').textContent.startsWith('Pa')")
+    assert page.get_attribute("#answer", "aria-busy") == "true"
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#answer-cost').textContent === 'Stopped.'")
+    assert page.inner_text("#answer-text") in ("Pa", "Par", "Pari")
+    written = backend.num_pieces
+    backend.delay = 0
+    assert page.locator("#stop").is_hidden()
+    assert page.locator("#ask").is_enabled()
+    assert written < len("Oslo") + len("Paris")
+    assert opened.said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "first"),
+    [
+        ("a.csv", 'Text,Label\r\n"charged twice, again",billing\r\n"it says ""no""",bug\r\n', "a heading"),
+        ("a.csv", '\ufeff"charged twice, again",billing\n"it says ""no""",bug', "an example"),
+        ("a.tsv", "charged twice, again\tbilling\n\"it says \"\"no\"\"\"\tbug\n", "an example"),
+        ("a.csv", "input;answer\ncharged twice, again;billing\nit says \"no\";bug\n", "a heading"),
+    ],
+)  # fmt: skip
+def test_a_table_becomes_lines(opened: Opened, name: str, content: str, first: str) -> None:
+    page = opened.page
+    page.set_input_files("#file", {"name": name, "mimeType": "text/csv", "buffer": content.encode()})
+    page.wait_for_function("document.querySelector('#examples').value !== ''")
+    lines = [json.loads(line) for line in page.input_value("#examples").splitlines()]
+    assert lines == [
+        {"prompt": "charged twice, again", "completion": "billing"},
+        {"prompt": 'it says "no"', "completion": "bug"},
+    ]
+    assert page.inner_text("#examples-note") == f"{name}: 2 rows turned into lines; the first row was read as {first}."
+    assert page.input_value("#name") == "a"
+    page.click("#check")
+    page.wait_for_selector("#checked:visible")
+    assert page.inner_text("#verdict") == "Nothing wrong with them"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\nc,d,e\n", "Line 2 has 3 columns, the first has 2. Put a text that holds a comma in quotes."),
+        (b'a,b\nc,d\n"e,f\n', "Line 3: a quote is opened and never closed."),
+        (b"a,b\nc,\xff\n", "t.csv: line 2 is not UTF-8. Save the file as UTF-8."),
+        (b"no table\n", NO_TABLE),
+        (b"x" * (8 * 2**20 + 1), "t.csv has 8,388,609 bytes; this page takes 8,388,608. Post it with an OpenAI client."),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_explained(opened: Opened, content: bytes, message: str) -> None:
+    opened.page.set_input_files("#file", {"name": "t.csv", "mimeType": "text/csv", "buffer": content})
+    assert opened.error("examples") == message
+    assert opened.said == []
+
+
+def test_the_services_errors_are_shown_in_its_words(opened: Opened, backend: SteppedBackend) -> None:
+    page = opened.page
+    opened.make(chat_file(TICKETS), "tickets")
+    backend.failure = overloaded(6.2)
+    opened.ask("my invoice")
+    assert opened.error("query") == "the queue is full. (Again in 7 s.)"
+    page.click("#measure")
+    assert opened.error("quality") == "the queue is full. (Again in 7 s.)"
+    backend.failure = None
+    page.click("#ask")
+    page.wait_for_selector("#answer:visible")
+    assert page.locator("#query-error").is_hidden()
+    page.click("#new-task")
+    assert page.locator("#query-form").is_hidden()
+    opened.check(chat_file(TICKETS).decode())
+    page.fill("#name", "tickets")
+    page.click("#create")
+    assert "'tickets'" in opened.error("create")
+    assert page.locator("#create").is_enabled()
+    page.click("#new-task")
+    assert page.input_value("#examples") == chat_file(TICKETS).decode()
+
+
+def test_a_job_is_found_again_after_a_reload_and_can_be_cancelled(opened: Opened, backend: SteppedBackend, address: str) -> None:
+    page = opened.page
+    backend.gate.clear()
+    opened.check(chat_file(TICKETS).decode())
+    page.fill("#name", "tickets")
+    page.click("#create")
+    page.wait_for_selector("#progress[aria-valuenow='40']")
+    page.reload()
+    page.wait_for_selector("#progress[aria-valuenow='40']")
+    assert page.inner_text("#job-title") == "Making tickets"
+    page.click("#cancel")
+    assert opened.error("job") == "The job was cancelled. Nothing of it is kept."
+    assert page.locator("#examples-form").is_visible()
+    wait_for(lambda: not Caller(address)("GET", "/v1/files")[1]["data"])
+    assert opened.texts("#tasks li") == []
+    assert opened.said == []
+
+
+def test_the_snippets_work(opened: Opened, address: str, tmp_path: Path) -> None:
+    page = opened.page
+    opened.make(chat_file(TICKETS), "tickets")
+    opened.ask('my "invoice" isn\'t right')
+    page.wait_for_function("document.querySelector('#code').textContent.includes('invoice')")
+    opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    page.wait_for_function("document.querySelector('#copied').textContent === 'Copied.'")
+    python = page.evaluate("navigator.clipboard.readText()")
+    done = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout == "billing\n", done.stderr
+    page.focus("#tab-python")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-curl"
+    assert page.get_attribute("#tab-curl", "aria-selected") == "true"
+    curl = page.inner_text("#code")
+    assert curl.startswith(f"curl {address}/v1/classify")
+    body = curl.partition("  -d '")[2].removesuffix("'").replace("'\\''", "'")
+    assert json.loads(body) == {"model": "tickets", "input": 'my "invoice" isn\'t right'}
+
+
+def test_the_keyboard_is_enough(opened: Opened) -> None:
+    page = opened.page
+    order = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        order.append(
+            page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.tagName")
+        )
+    assert order == ["skip", "new-task", "sample", "file", "examples", "SUMMARY", "check"]
+    page.focus("#sample")
+    page.keyboard.press("Enter")
+    page.focus("#check")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#checked:visible")
+    assert page.evaluate("document.activeElement.id") == "checked-title"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "name"
+    page.keyboard.type("by-keyboard")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#task:visible")
+    page.focus("#query")
+    page.keyboard.type("my bill")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#answer:visible")
+    assert page.inner_text("#answer-text") == "billing"
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)])
+def test_it_is_readable_in_light_and_dark_wide_and_narrow(browser: "Browser", address: str, scheme: Any, width: int) -> None:
+    opened = Opened(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800})
+    page = opened.page
+
+    def look() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(FAINT) == []
+        assert page.evaluate(NAMES) == []
+
+    look()
+    opened.check("broken\n{}\n" + plain_file([*TICKETS, *TICKETS, ("long " * 60, "w" * 90), ("x" * 400, "w" * 90)]).decode())
+    page.wait_for_selector("#problems:visible")
+    page.click("summary")
+    look()
+    opened.make(plain_file([*TICKETS * 2, ("long " * 60, "w" * 90), ("x" * 400, "w" * 90)]), "m" * 64)
+    opened.ask("x" * 300)
+    page.wait_for_selector("#answer:visible")
+    page.click("#measure")
+    page.wait_for_selector("#curve:visible")
+    page.focus("#query")
+    look()
+    page.click("#delete")
+    look()
+    backgrounds = {"light": "rgb(246, 247, 248)", "dark": "rgb(18, 22, 26)"}
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == backgrounds[scheme]
+    opened.context.close()

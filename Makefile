@@ -41,7 +41,7 @@ check: $(TOOLS)
 
 # More than 20,000 requests made from the service's own OpenAPI document; ten minutes.
 fuzz: $(TOOLS)
-	MANYICL_FUZZ_EXAMPLES=1500 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
+	MANYICL_FUZZ_EXAMPLES=950 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
 
 bench: $(TOOLS)
 	@mkdir -p $(BENCHMARKS)

@@ -8,7 +8,7 @@ processes, whose heaps do not grow alike:
               forecast's peak less the model
     time      median seconds of the updates after the first, of both, against the forecast's seconds of an update
 
-Each forecast measures the matrix rate itself, right before the training that it is compared with. `--only NAME` runs some of the
+Each forecast measures the rates itself, right before the training that it is compared with. `--only NAME` runs some of the
 configurations. Nothing else may run meanwhile; takes six minutes.
 """
 
@@ -103,6 +103,7 @@ def compare(plan: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
         "measured_bytes": measured,
         "memory_error": memory / measured - 1,
         "matrix_rate_per_second": plan.device.matrix_rate,
+        "memory_rate_per_second": plan.device.memory_rate,
         "predicted_seconds": plan.seconds_per_update,
         "measured_seconds": seconds,
         "time_error": plan.seconds_per_update / seconds - 1,

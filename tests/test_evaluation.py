@@ -91,6 +91,7 @@ def test_a_record_says_everything_about_its_cell(small_task, tmp_path):
         "shots": 3,
         "num_demonstrations": 3,
         "seed": 0,
+        "condition": "",
         "value": 0.5,
         "num_queries": 4,
         "prefix_tokens": 30,

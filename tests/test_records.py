@@ -223,7 +223,7 @@ def test_files_that_contradict_each_other_are_an_error(tmp_path: Path, change: d
         merge_records([first, second])
     value = change.get("value", 0.5)
     assert str(raised.value) == (
-        f"{second}: ('in-context', 'default', 'colour', 'test', 4, 0) has value {value:.4f}, another file says 0.5000. "
+        f"{second}: ('in-context', 'default', 'colour', 'test', 4, 0, '') has value {value:.4f}, another file says 0.5000. "
         "Keep one of them."
     )
 

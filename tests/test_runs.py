@@ -126,7 +126,7 @@ def test_validation_rows_are_many_shot_rows_of_the_validation_tasks(make, monkey
     training = {"validate_checkpoints": True, "validation_rows": 3, "num_steps": 1}
     with pytest.raises(KeyboardInterrupt):
         runs.train(make(training=training, episodes={"num_shots": 1}))
-    rows = calls[0]["validation"]
+    rows = calls[0]["validation"].rows
     assert [row.sequences[0].episode.task for row in rows] == ["mood"] * 3
     assert all(row.num_answers > 2 for row in rows)
 
@@ -438,7 +438,7 @@ def test_corpora_of_one_name_are_told_apart(tiny_model_folder, tmp_path):
         (model, str(paths[1]), 35),
         (model, "other.txt", 35),
     ]
-    assert json.loads((tmp_path / "out.json").read_text())["results"] == rows
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == json.loads(json.dumps(rows))
 
 
 def test_a_row_is_opened_without_the_models_weights(make, monkeypatch):

@@ -165,7 +165,7 @@ def test_quality_is_measured_on_held_out_examples(call: Caller, backend: FakeBac
         "temperature": pytest.approx(0.1, abs=1e-3),  # All right, so the surer the better, as far as it goes.
         "calibrated_log_loss": pytest.approx(0, abs=1e-3),
     }
-    assert 0.01 < found["log_loss"] < 1
+    assert 0 <= found["log_loss"] < 0.01
     wait_for(lambda: len(backend.kept) == 1)
     assert call("POST", "/v1/tasks/tickets/quality", {"seed": 4})[1] == found
 

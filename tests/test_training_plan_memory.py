@@ -13,6 +13,7 @@ import transformers
 from manyicl import planning, runs
 from manyicl.config import parse_recipe
 from manyicl.errors import BudgetError
+from manyicl.kernels import cpu_attention
 from manyicl.training_plan import Layout, MemoryParts, TrainingJob, check_training_memory, forecast_memory, memory, peak_bytes
 from model_fixtures import make_recipe
 from plan_fixtures import CONFIG, FEATURES, LAYER_WEIGHTS, PARAMETERS, SIZES, make_job
@@ -68,7 +69,7 @@ def loss_activations(job: TrainingJob) -> int:
     return (activations // job.tokens - 2 * 12) // 3
 
 
-def test_what_a_layer_keeps_follows_the_recipe() -> None:
+def test_what_a_layer_keeps_follows_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = 2 * (4 * 12 + 2 * 24 + 2 * 12 + 3 * 20 + 7 * 4) + 4 * 4
     assert loss_activations(make_job()) == plain
     # Frozen layers keep no input: one norm and the gated product are not kept, and five adapters are not there.
@@ -82,8 +83,11 @@ def test_what_a_layer_keeps_follows_the_recipe() -> None:
     slow = make_job(kernels="none")
     assert loss_activations(slow) == plain - 2 * (4 * 12 + 7 * 4) + 8 * 12 + 4 * inputs + 4 * 7 * 4
     assert loss_activations(make_job(kernels="none", tune="full")) - loss_activations(make_job(tune="full")) == 2 * 20
-    # A mask, and keys and values of all four heads.
+    # A mask, and keys and values of all four heads, where our kernel does not keep rows apart itself.
     padded = make_job(rows_per_device=2, rows_per_step=2)
+    monkeypatch.setattr(cpu_attention, "is_available", lambda: True)
+    assert loss_activations(padded) == plain
+    monkeypatch.setattr(cpu_attention, "is_available", lambda: False)
     assert loss_activations(padded) == plain + 2 * 2 * (24 - 12) + 2 * 200
     capped = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=50.0, sliding_window=200, query_pre_attn_scalar=6)
     assert loss_activations(make_job(capped)) == plain + 8 * 4 * 200
@@ -196,7 +200,7 @@ def test_a_run_that_does_not_fit_writes_nothing(
     recipe = make_recipe(tiny_model_folder("llama"), suite_folder(), tmp_path / "run")
     monkeypatch.setattr(planning, "available_bytes", lambda device: 1_000_000)
     monkeypatch.setattr(runs, "train_model", lambda *arguments, **options: pytest.fail("it was trained"))
-    message = r"training on rows of 1\d\d tokens, beside the loaded model, needs 11\d MB on cpu, where 1 MB are available\. Set "
+    message = r"training on rows of 1\d\d tokens, beside the loaded model, needs 7\d MB on cpu, where 1 MB are available\. Set "
     with pytest.raises(BudgetError, match=message):
         runs.train(recipe)
     assert not (tmp_path / "run").exists()

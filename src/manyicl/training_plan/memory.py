@@ -17,11 +17,11 @@ The peak is the largest of three moments (bytes; the base of LoRA has e bytes a 
     holes of the heap                on processors: 0.2 of the activations, and 5 times the work of one layer
     optimizer, gradients             8 and 4 a trained weight (AdamW)
 
-Gradients appear as activations go, so an update of one pass never holds both whole; one of several passes does. A mask (padded
-or packed rows, a window in use) costs eT a token and layer, and keys and values of every head; soft-capped attention keeps its
-scores, 8HT a token and layer. Full weights in bf16 have copies of e bytes. FSDP divides weights, gradients and optimizer by the
-number of devices, and holds the embeddings and two layers whole; DDP has a second copy of the gradients. Devices that share a
-row divide its tokens.
+Gradients appear as activations go, so an update of one pass never holds both whole; one of several passes does. A mask (a
+window in use, or padded or packed rows where our kernel is absent) costs eT a token and layer, and keys and values of every
+head; soft-capped attention keeps its scores, 8HT a token and layer. Full weights in bf16 have copies of e bytes. FSDP divides
+weights, gradients and optimizer by the number of devices, and holds the embeddings and two layers whole; DDP has a second copy
+of the gradients. Devices that share a row divide its tokens.
 
 Letters: N layers, C hidden size, H heads, K key-value heads, D head size, I inner size, V vocabulary, r rank, T tokens of a row,
 e bytes of a number in the training dtype.

@@ -189,7 +189,7 @@ def test_a_killed_worker_is_told_from_its_exit_and_another_goes_on(make):
     runner.stdin.write(recipe.model_dump_json().encode())
     runner.stdin.close()
     deadline = time.time() + 120
-    while not (found := [path for path in output.glob("workers/*") if path.read_text().startswith("train/")]):
+    while not (found := [path for path in output.glob("workers/[!.]*") if path.read_text().startswith("train/")]):
         assert time.time() < deadline
         assert runner.poll() is None
         time.sleep(0.02)

@@ -138,23 +138,23 @@ def test_an_evaluation_again_computes_nothing_and_gives_the_same_records(small_t
     assert (tmp_path / "r.jsonl").read_bytes() == content
 
 
-@pytest.mark.parametrize("finished", range(7))
+@pytest.mark.parametrize("finished", range(6))
 def test_an_interrupted_evaluation_goes_on_and_computes_no_cell_twice(small_task, tmp_path, finished):
     whole = run(Parrot(), small_task(), tmp_path / "whole.jsonl", shots=(0, 1, "max"))
     method = Parrot()
     method.stop_after = finished
     path = tmp_path / "r.jsonl"
-    if finished < 6:
+    if finished < 5:
         with pytest.raises(KeyboardInterrupt):
             run(method, small_task(), path, shots=(0, 1, "max"))
     else:
         run(method, small_task(), path, shots=(0, 1, "max"))
-    assert len(read_records(path)) == finished
+    assert len(read_records(path)) == finished + (finished >= 4)  # Without demonstrations the second order is the first.
     with path.open("ab") as stream:
         stream.write(b'{"torn')  # As a kill in the middle of a line leaves it.
     method.stop_after = None
     records = run(method, small_task(), path, shots=(0, 1, "max"))
-    assert len(method.answered) == 6
+    assert len(method.answered) == 5
     untimed = {"seconds", "prefill_seconds"}
     assert sorted(str(record.model_dump(exclude=untimed)) for record in records) == sorted(
         str(record.model_dump(exclude=untimed)) for record in whole
@@ -166,7 +166,7 @@ def test_more_shots_and_seeds_are_added_to_what_is_there(small_task, tmp_path):
     method, path = Parrot(), tmp_path / "r.jsonl"
     run(method, small_task(), path, shots=(0, 1), num_seeds=1)
     records = run(method, small_task(), path, shots=(0, 1, 2), num_seeds=2)
-    assert method.answered == [0, 1, 2, 0, 1, 2]
+    assert method.answered == [0, 1, 2, 1, 2]
     assert sorted(cells(records)) == [(seed, shots, shots) for seed in (0, 1) for shots in (0, 1, 2)]
 
 

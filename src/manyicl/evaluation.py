@@ -65,6 +65,7 @@ def evaluate_task(
     queries = task.test[: plan.num_queries]
     if not queries:
         raise TaskError(f"task {task.name!r} has no test examples to evaluate on. Add a test file.")
+    alone: EvaluationRecord | None = None  # Without demonstrations their order changes nothing: answered once.
     fingerprint = hashlib.sha256(f"{method.fingerprint}/{task.fingerprint()}/{len(queries)}".encode()).hexdigest()
     for seed in range(plan.num_seeds) if seeds is None else seeds:
         keys: dict[Shots, CellKey] = {
@@ -72,6 +73,7 @@ def evaluate_task(
         }
         found = {shots: writer.find(key, fingerprint) for shots, key in keys.items()}
         missing = [shots for shots, record in found.items() if record is None]
+        alone = alone or found.get(0)
         yield from (record for record in found.values() if record is not None)
         if not missing or _only_unreachable(found, missing):
             continue
@@ -87,7 +89,11 @@ def evaluate_task(
             if num_shots > opened.num_demonstrations:
                 logger.info("%s %s: %d shots do not fit, %d do", plan.model, task.name, num_shots, opened.num_demonstrations)
                 continue
-            record = _evaluate_cell(method, task, role, opened, queries, num_shots, shots=shots, seed=seed, plan=plan)
+            if shots == 0 and alone is not None:
+                record = alone.model_copy(update={"seed": seed})
+            else:
+                record = _evaluate_cell(method, task, role, opened, queries, num_shots, shots=shots, seed=seed, plan=plan)
+            alone = record if shots == 0 else alone
             record = record.model_copy(update={"fingerprint": fingerprint, "prefill_seconds": prefill_seconds})
             writer.append(record)
             logger.info(

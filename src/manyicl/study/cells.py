@@ -68,11 +68,11 @@ def list_cells(recipe: StudyRecipe, suite: TaskSuite) -> list[Cell]:
             if "classic" in recipe.methods:
                 cells.append(Cell(f"classic/{task}", (), "classic", task))
     cells += [Cell(f"forgetting/{model}", needs, method) for model, method, needs in finals] if recipe.forgetting.corpora else []
+    cells += _dedicated_cells(recipe, suite)
+    cells += _robustness_cells(recipe)
     cells += _snapshot_cells(recipe, suite)
     cells += _seed_cells(recipe, suite)
     cells += _family_cells(recipe)
-    cells += _dedicated_cells(recipe, suite)
-    cells += _robustness_cells(recipe)
     return cells
 
 

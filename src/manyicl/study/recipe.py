@@ -108,6 +108,7 @@ class StudyRecipe(_Section):
     variants: dict[str, Variant] = Field(default_factory=dict, description="Methods with something changed, by name.")
     budget_tokens: int = Field(150_000, ge=1, description="Tokens fed to each jointly tuned method, padding not counted.")
     num_snapshots: int = Field(3, ge=1, description="Points of each training that are evaluated, the end included.")
+    num_snapshot_seeds: int = Field(1, ge=1, description="Orders of demonstrations at the points before the end.")
     training: dict[str, Any] = Field(default_factory=dict, description="Changes to the training recipe of every method.")
     rates: RatesConfig = RatesConfig()
     context_tokens: int | None = Field(None, ge=16, description="Context in evaluation; None takes the model's positions.")

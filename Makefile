@@ -1,4 +1,4 @@
-# make demo | test | check | fuzz | bench | bench-foundation | bench-scoring | bench-training | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
+# make demo | test | check | fuzz | soak | bench | bench-foundation | bench-scoring | bench-training | bench-serving | vllm-env. Each makes the environment it needs when that is absent or out of date; a second
 # call costs nothing. `make demo` installs the runtime dependencies alone; the other targets add the tools to the same .venv.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ DEMO_QUERIES := 40
 DEMO_CONTEXT := 2048
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check fuzz bench bench-foundation bench-scoring bench-training vllm-env
+.PHONY: demo test check fuzz soak bench bench-foundation bench-scoring bench-training bench-serving vllm-env
 
 demo: $(RUNTIME)
 	$(BIN)/manyicl train recipes/demo.yaml output=$(DEMO) --resume
@@ -42,6 +42,10 @@ check: $(TOOLS)
 # More than 20,000 requests made from the service's own OpenAPI document; ten minutes.
 fuzz: $(TOOLS)
 	MANYICL_FUZZ_EXAMPLES=950 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
+
+# 100,000 requests to one service, and its memory after each quarter of them; a quarter of an hour.
+soak: $(TOOLS)
+	MANYICL_SOAK_REQUESTS=100000 $(BIN)/python -m pytest -q -s tests/test_serving_soak.py
 
 bench: $(TOOLS)
 	@mkdir -p $(BENCHMARKS)
@@ -70,6 +74,11 @@ bench-training: $(PEERS)
 	$(BIN)/python benchmarks/training.py --changes --output docs/results/training-changes.json
 	$(BIN)/python benchmarks/objectives.py --output docs/results/objectives.json
 	$(BIN)/python benchmarks/training_page.py docs/results
+
+# Makes docs/results/serving.md: the service over HTTP against the bare engine and vLLM's server. Nothing else should run.
+bench-serving: $(TOOLS) vllm-env
+	$(BIN)/python benchmarks/serving.py --output docs/results/serving.json
+	$(BIN)/python benchmarks/serving_page.py docs/results/serving.json
 
 vllm-env: $(VLLM)/.installed
 

@@ -206,7 +206,9 @@ def test_a_killed_worker_is_told_from_its_exit_and_another_goes_on(make):
 
 def test_results_of_another_recipe_and_changed_examples_are_refused(make, suite_folder):
     recipe = make(**FAST)
-    open_folder(recipe)
+    open_folder(recipe.model_copy(update={"seed": 7}))  # No cell was begun: the folder is still anyone's.
+    folder = open_folder(recipe)
+    folder.folder("train").mkdir(parents=True)
     with pytest.raises(RecipeError, match=r"holds the results of another recipe \(budget_tokens, seed differ\)"):
         open_folder(recipe.model_copy(update={"budget_tokens": 700, "seed": 3}))
     rows = Path(recipe.tasks) / "speed" / "test.jsonl"

@@ -92,29 +92,22 @@ class StudyFolder:
         self._claim(suite)
 
     def _claim(self, suite: TaskSuite) -> None:
-        """Make the folder this study's, or see that it is."""
-        content = self.recipe.model_dump(mode="json", exclude={"output"})
-        path = self.output / "study.yaml"
-        if path.is_file():
-            known = yaml.safe_load(path.read_text(encoding="utf-8"))
-            differing = sorted(key for key in content.keys() | known.keys() if content.get(key) != known.get(key))
-            if differing:
-                raise RecipeError(
-                    f"{self.output}: holds the results of another recipe ({', '.join(differing)} differ). Choose another output."
-                )
-        elif (self.output / "cells").exists():
-            raise RecipeError(f"{self.output}: holds cells without a study.yaml. Choose another output.")
+        """Make the folder this study's, or see that it is; one in which no cell was begun, as after `--plan`, is anyone's."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"output"})
         examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
-        hashes = self.output / "tasks.json"
-        if hashes.is_file():
-            known = yaml.safe_load(hashes.read_text(encoding="utf-8"))
-            changed = sorted(name for name in examples.keys() | known.keys() if examples.get(name) != known.get(name))
-            if changed:
-                raise RecipeError(f"{self.output}: the examples of {', '.join(changed)} have changed. Choose another output.")
-        else:
+        path, hashes = self.output / "study.yaml", self.output / "tasks.json"
+        if not (self.output / "cells").exists():
             write_json_atomic(hashes, examples)
-        if not path.is_file():
-            write_text_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            write_text_atomic(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+            return
+        if not (path.is_file() and hashes.is_file()):
+            raise RecipeError(f"{self.output}: holds cells without a study.yaml and tasks.json. Choose another output.")
+        differing = _differing(recipe, yaml.safe_load(path.read_text(encoding="utf-8")))
+        if differing:
+            raise RecipeError(f"{self.output}: holds the results of another recipe ({differing} differ). Choose another output.")
+        changed = _differing(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
+        if changed:
+            raise RecipeError(f"{self.output}: the examples of {changed} have changed. Choose another output.")
 
     def folder(self, cell: str) -> Path:
         """The folder of a cell."""
@@ -311,6 +304,11 @@ def _run_worker(folder: StudyFolder, kinds: Sequence[str], deadline: float | Non
 def _worker_file(folder: StudyFolder, process: int) -> Path:
     """Where a worker process says which cell it is at."""
     return folder.output / "workers" / f"{platform.node()}-{process}"
+
+
+def _differing(wanted: dict[str, Any], known: dict[str, Any]) -> str:
+    """The keys whose values differ, comma-separated; empty for none."""
+    return ", ".join(sorted(key for key in wanted.keys() | known.keys() if wanted.get(key) != known.get(key)))
 
 
 def _now() -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from manyicl.records import EvaluationRecord, QueryScores, Shots
 from manyicl.results.claims import make_claims
-from manyicl.results.files import CellFacts, CorpusFacts, ModelFacts, StudyResults
+from manyicl.results.files import CellFacts, CorpusFacts, HarnessFacts, ModelFacts, StudyResults
 
 EVIL = "<script>alert('task')</script>"
 SHOTS: tuple[Shots, ...] = (0, 4, 16, "max")
@@ -225,6 +225,15 @@ def study_cells() -> list[CellFacts]:
     return [*done, failed, CellFacts(cell="dedicated/rte/full", kind="dedicated", status="open")]
 
 
+def harness_facts() -> list[HarnessFacts]:
+    """One task of lm-evaluation-harness under the base and two tuned models."""
+    scores = {"base": ("in_context", 0.5), "all_answers/seed-0": ("all_answers", 0.45), "zero_shot/seed-0": ("zero_shot", 0.3)}
+    return [
+        HarnessFacts(model=model, method=method, task="piqa", metric="acc", value=value, standard_error=0.02)
+        for model, (method, value) in scores.items()
+    ]
+
+
 def study_results(methods: Sequence[str] = tuple(METHODS), *, with_sides: bool = True) -> StudyResults:
     """Results of the synthetic study with its claims; `methods` may be fewer, and sides left out."""
     models = study_models(methods)
@@ -241,5 +250,6 @@ def study_results(methods: Sequence[str] = tuple(METHODS), *, with_sides: bool =
         models=models if with_sides else [facts for facts in models if facts.setting == "held_out" and not facts.task],
         corpora=study_corpora(models) if with_sides else [],
         cells=study_cells() if with_sides else [],
+        harness=harness_facts() if with_sides else [],
     )
     return results.model_copy(update={"claims": make_claims(results)})

@@ -53,7 +53,7 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
         "forgetting": ("evaluation",),
         "robustness": ("evaluation",),
     },
-    7: {"runs": (), "study": ("runs",), "estimator": (), "reporting": (), "lm_eval_adapter": ()},
+    7: {"runs": (), "lm_eval_adapter": (), "study": ("runs", "lm_eval_adapter"), "estimator": (), "reporting": ()},
     8: {"serving": ()},
     9: {"cli": ()},
 }

@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-
 
 from manyicl import lm_eval_adapter
 from manyicl.errors import ModelError
-from manyicl.lm_eval_adapter import ManyICLModel, group_contexts
+from manyicl.lm_eval_adapter import ManyICLModel, evaluate_harness_tasks, group_contexts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 
@@ -92,10 +92,9 @@ def test_contexts_are_grouped_by_what_they_share(monkeypatch: pytest.MonkeyPatch
     assert list(group_contexts([])) == []
 
 
-def test_a_task_of_the_harness_gives_the_same_result(own: Any, harness: Any, tmp_path: Path) -> None:
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
+@pytest.fixture
+def odd_task(tmp_path: Path) -> Path:
+    """A folder with a task of the harness, `odd`, of six documents."""
     rows = [{"question": f"is {number} odd", "answer": number % 2} for number in range(12)]
     for split, part in (("train", rows[:6]), ("test", rows[6:])):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
@@ -115,7 +114,14 @@ metric_list: [{{metric: acc}}]
 """,
         encoding="utf-8",
     )
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    return tmp_path
+
+
+def test_a_task_of_the_harness_gives_the_same_result(own: Any, harness: Any, odd_task: Path) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(odd_task), include_defaults=False)
     results = []
     for model in (own, harness):
         outcome = lm_eval.simple_evaluate(
@@ -126,3 +132,24 @@ metric_list: [{{metric: acc}}]
     assert len(results[0][1]) == 12
     assert results[0][0] == results[1][0]
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-3)
+
+
+def test_scores_of_tasks_are_those_of_the_harness(own: Any, folder: Path, odd_task: Path) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(odd_task))
+    expected = lm_eval.simple_evaluate(model=ManyICLModel(str(folder)), tasks=["odd"], limit=5, task_manager=manager)
+    found = evaluate_harness_tasks(str(folder), ["odd"], include_path=str(odd_task), limit=5)
+    assert [(score.task, score.metric, score.value) for score in found] == [
+        ("odd", "acc", expected["results"]["odd"]["acc,none"])
+    ]
+    assert found[0].standard_error == pytest.approx(expected["results"]["odd"]["acc_stderr,none"])
+    with pytest.raises(ModelError, match="lm-eval knows no task even, nor"):
+        evaluate_harness_tasks(str(folder), ["odd", "even", "nor"], include_path=str(odd_task))
+
+
+def test_a_data_set_that_is_not_there_is_named(folder: Path, odd_task: Path) -> None:
+    (odd_task / "test.jsonl").unlink()
+    with pytest.raises(ModelError, match=r"lm-eval cannot run odd: .*test\.jsonl"):
+        evaluate_harness_tasks(str(folder), ["odd"], include_path=str(odd_task))

@@ -18,6 +18,7 @@ from manyicl.errors import RecordsError
 from manyicl.records import EvaluationRecord
 from manyicl.reporting.answers import answer, claims_table
 from manyicl.reporting.charts import Axis, Frame, Names, Point, Series, line_chart, number_axis
+from manyicl.reporting.effects import harness_table
 from manyicl.reporting.findings import Findings, shots_axis
 from manyicl.reporting.html import render_report, sections, write_report
 from manyicl.reporting.tables import (
@@ -41,6 +42,7 @@ FIGURES = [
     "tasks",
     "forgetting-gain",
     "forgets-less",
+    "harness",
     "budget-curves",
     "robustness",
     "dedicated-differences",
@@ -265,6 +267,14 @@ def test_the_best_of_each_task_is_marked(results: StudyResults, page: Page) -> N
         assert float(value) == pytest.approx(100 * mean, abs=1e-3)
     marked = [number for row in rows for number in row[3:] if float(number) == max(map(float, row[3:]))]
     assert page.best == marked
+
+
+def test_tasks_of_the_harness_stand_beside_the_untuned_model(results: StudyResults) -> None:
+    figure = harness_table(Findings(results))
+    assert figure is not None
+    assert [row[:2] + row[3:5] for row in figure.table.rows] == [("piqa", "acc", value, 0.02) for value in (0.5, 0.45, 0.3)]
+    assert [row[5] for row in figure.table.rows] == [None, pytest.approx(-0.05), pytest.approx(-0.2)]
+    assert harness_table(Findings(results.model_copy(update={"harness": []}))) is None
 
 
 def test_forgetting_is_drawn_against_the_gain(results: StudyResults, page: Page) -> None:

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from manyicl.errors import RecipeError
 from manyicl.records import read_records
-from manyicl.results.files import read_results
+from manyicl.results.files import read_results, write_results
 from manyicl.study.cells import list_cells
 from manyicl.study.jobs import Study, count_examples, count_updates, extended_rate
 from manyicl.study.recipe import METHODS, StudyRecipe, load_study_recipe
@@ -123,6 +125,46 @@ def test_a_stopped_study_goes_on_and_does_nothing_twice(make, monkeypatch):
     assert set(statuses(open_folder(recipe)).values()) == {"done"}
     work(recipe)
     assert len(calls) == len(open_folder(recipe).cells)
+
+
+HARNESS = FAST | {"methods": ["in_context"], "forgetting": {"harness_tasks": ["odd"], "harness_limit": 7}}
+
+
+def test_scores_of_the_harness_are_gathered(make, monkeypatch):
+    asked = []
+
+    def evaluate(model, tasks, **options):
+        asked.append((tasks, options))
+        return [HarnessScore("odd", "acc", 0.5, 0.25)]
+
+    @dataclass(frozen=True)
+    class HarnessScore:
+        task: str
+        metric: str
+        value: float
+        standard_error: float
+
+    monkeypatch.setitem(sys.modules, "manyicl.lm_eval_adapter", SimpleNamespace(evaluate_harness_tasks=evaluate))
+    recipe = make(**HARNESS)
+    work(recipe, kinds=["harness"])
+    write_results(open_folder(recipe).gather(), Path(recipe.output) / "results")
+    found = read_results(Path(recipe.output) / "results").harness
+    assert [facts.model_dump() for facts in found] == [
+        {"model": "base", "method": "in_context", "task": "odd", "metric": "acc", "value": 0.5, "standard_error": 0.25}
+    ]
+    assert asked == [(["odd"], {"include_path": None, "limit": 7})]
+
+
+def test_a_harness_that_is_not_installed_fails_its_cells_alone(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "manyicl.lm_eval_adapter", raising=False)
+    recipe = make(**HARNESS)
+    work(recipe)
+    folder = open_folder(recipe)
+    failed = {name for name, status in statuses(folder).items() if status == "failed"}
+    assert failed == {"harness/base"}
+    assert "open" not in statuses(folder).values()
+    assert "lm-eval is not installed" in (folder.folder("harness/base") / "failure.json").read_text(encoding="utf-8")
 
 
 def test_after_the_deadline_no_cell_is_begun(make):

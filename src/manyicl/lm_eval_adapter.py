@@ -13,6 +13,7 @@ The extra `lm-eval` installs the harness.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,51 @@ class ManyICLModel(TemplateLM):  # type: ignore[misc, unused-ignore]
             if stop:
                 text = text.split(stop)[0]
         return text
+
+
+@dataclass(frozen=True)
+class HarnessScore:
+    """One metric of one task, as the harness reports it; no standard error where it has none."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+
+
+def evaluate_harness_tasks(
+    model: str, tasks: Sequence[str], *, include_path: str | None = None, limit: int | None = None
+) -> list[HarnessScore]:
+    """Scores of a model on tasks of the harness, each with the shots that the task itself asks for.
+
+    Args:
+        include_path: A folder of further tasks in the harness' own format.
+        limit: Documents of each task at most.
+
+    Raises:
+        ModelError: a task is unknown, or its data set cannot be reached.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ModelError(f"lm-eval knows no task {', '.join(unknown)}. `lm_eval --tasks list` shows its tasks.")
+    try:
+        found = simple_evaluate(
+            model=ManyICLModel(model), tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
+    scores = []
+    for task, metrics in found["results"].items():
+        for name, value in metrics.items():
+            metric, _, rule = name.partition(",")
+            if isinstance(value, (int, float)) and rule and not metric.endswith("_stderr"):
+                spread = metrics.get(f"{metric}_stderr,{rule}")
+                scores.append(HarnessScore(task, metric, float(value), spread if isinstance(spread, float) else None))
+    return scores
 
 
 class _Opening(Encoder):

@@ -12,6 +12,7 @@ from manyicl.reporting.tables import Column, Table, Value, join_words, show_esti
 from manyicl.results.claims import OURS
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.dedicated import LEAST_GAIN
+from manyicl.results.files import BASE
 from manyicl.results.forgetting_card import CHAT
 
 
@@ -99,6 +100,25 @@ def _scatter(findings: Findings, entries: Sequence[Mapping[str, Any]], corpus: s
         series.append(Series(method, findings.style(method), points, is_main=method == OURS))
     names = Names(f"forgetting-{number}", f"Gain by forgetting, {corpus}", "A line per method, from snapshot to snapshot.")
     return line_chart(series, x, y, names, has_bands=False)
+
+
+def harness_table(findings: Findings) -> Figure | None:
+    """Tasks of lm-evaluation-harness under each method, beside the model that is not tuned."""
+    scores = {(facts.model, facts.task, facts.metric): facts for facts in findings.results.harness}
+    columns = (
+        *(Column(name, is_number=False) for name in ("task", "metric", "method")),
+        Column("score", digits=3),
+        Column("standard error", digits=3),
+        Column("change from no tuning", digits=3, is_signed=True),
+    )
+    rows: list[tuple[Value, ...]] = []
+    for facts in sorted(scores.values(), key=lambda facts: (facts.task, facts.metric)):
+        base = scores.get((BASE, facts.task, facts.metric))
+        change = None if base is None or base is facts else facts.value - base.value
+        rows.append((facts.task, facts.metric, method_label(facts.method), facts.value, facts.standard_error, change))
+    sentence = "As the harness reports them, with the shots that each task asks for; final weights."
+    table = Table(columns, rows)
+    return Figure("harness", "Tasks of lm-evaluation-harness", sentence, table, is_table_open=True) if rows else None
 
 
 _KINDS = {

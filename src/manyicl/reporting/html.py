@@ -118,7 +118,7 @@ def sections(findings: Findings) -> list[Section]:
             "forgetting",
             "Forgetting",
             "bits per byte of plain text are not measured for a tuned model and the model that is not tuned.",
-            [effects.forgetting_against_gain(findings), against or None],
+            [effects.forgetting_against_gain(findings), against or None, effects.harness_table(findings)],
             [sentence] if (sentence := forgetting_sentence(findings)) else (),
         ),
         ("budget", "Budget", "no snapshot is evaluated on all held-out tasks.", [budget_curves(findings)], ()),

@@ -4,6 +4,7 @@
     records.jsonl.gz   every evaluation, cell by cell (see `records`)
     models.json        what each tuned model cost
     corpora.json       bits of plain text under each model, window by window
+    harness.json       scores of lm-evaluation-harness tasks under each model, where some were asked for
     cells.json         what was done, what failed, what is open, and what it took
     claims.json        what follows, made from the others by `claims`
 
@@ -65,6 +66,17 @@ class CorpusFacts(_Fact):
         return sum(self.window_bits) / self.num_bytes
 
 
+class HarnessFacts(_Fact):
+    """One metric of a task of lm-evaluation-harness under one model."""
+
+    model: str
+    method: str
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None = Field(None, description="As the harness has it; None where it has none.")
+
+
 class CellFacts(_Fact):
     """One piece of a study's work."""
 
@@ -88,6 +100,7 @@ class StudyResults(BaseModel):
     models: list[ModelFacts]
     corpora: list[CorpusFacts]
     cells: list[CellFacts]
+    harness: list[HarnessFacts] = []
     claims: dict[str, Any] = Field(default_factory=dict)
 
     def model_facts(self, model: str) -> ModelFacts | None:
@@ -104,7 +117,7 @@ def write_results(results: StudyResults, folder: Path) -> None:
     write_text_atomic(folder / "study.yaml", yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True))
     lines = "".join(record.model_dump_json() + "\n" for record in results.records)
     write_bytes_atomic(folder / RECORDS_FILE, gzip.compress(lines.encode(), mtime=0))
-    for name in ("models", "corpora", "cells"):
+    for name in ("models", "corpora", "harness", "cells"):
         facts: Sequence[_Fact] = getattr(results, name)
         write_text_atomic(folder / f"{name}.json", _one_a_line(facts))
     write_text_atomic(folder / "claims.json", TypeAdapter(dict[str, Any]).dump_json(results.claims, indent=2).decode() + "\n")
@@ -128,6 +141,7 @@ def read_results(folder: Path) -> StudyResults:
         records=read_records(folder / RECORDS_FILE) if (folder / RECORDS_FILE).is_file() else [],
         models=_read_facts(folder / "models.json", ModelFacts),
         corpora=_read_facts(folder / "corpora.json", CorpusFacts),
+        harness=_read_facts(folder / "harness.json", HarnessFacts),
         cells=_read_facts(folder / "cells.json", CellFacts),
         claims=_read_mapping(folder / "claims.json") if (folder / "claims.json").is_file() else {},
     )

@@ -6,6 +6,7 @@
     evaluate/all_answers/seed-0/sick   final weights on one task
     evaluate/all_answers/seed-0/1of3/sick      a snapshot
     forgetting/all_answers/seed-0      plain text and chat questions
+    harness/all_answers/seed-0         tasks of lm-evaluation-harness
     dedicated-rate/snli_sample/0.0006  dedicated-tuned on a validation task
     dedicated/sick/prefix-0            dedicated-tuned on the demonstrations of order 0
     classic/sick                       TF-IDF
@@ -68,6 +69,7 @@ def list_cells(recipe: StudyRecipe, suite: TaskSuite) -> list[Cell]:
             if "classic" in recipe.methods:
                 cells.append(Cell(f"classic/{task}", (), "classic", task))
     cells += [Cell(f"forgetting/{model}", needs, method) for model, method, needs in finals] if recipe.forgetting.corpora else []
+    cells += [Cell(f"harness/{model}", needs, method) for model, method, needs in finals if recipe.forgetting.harness_tasks]
     cells += _dedicated_cells(recipe, suite)
     cells += _robustness_cells(recipe)
     cells += _snapshot_cells(recipe, suite)

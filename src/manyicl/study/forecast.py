@@ -25,6 +25,7 @@ _PASSES_A_QUERY = 0.15  # Of generation: a pass for each token, shared by a batc
 _MEASURED_EXAMPLES = 50
 _BYTES_A_TOKEN = 4
 _CHAT_SECONDS = 30.0  # The built-in suite's questions.
+_SECONDS_A_DOCUMENT = 0.5  # Of lm-evaluation-harness.
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Forecaster:
             num_windows = len(recipe.forgetting.corpora) * recipe.forgetting.max_bytes / _BYTES_A_TOKEN / window
             read = self._operations_seconds(num_windows * prefill_operations(self.config, window))
             return read + _CHAT_SECONDS + _SECONDS_A_CELL
+        if own == "harness":
+            return len(recipe.forgetting.harness_tasks) * recipe.forgetting.harness_limit * _SECONDS_A_DOCUMENT + _SECONDS_A_CELL
         if own == "robustness":
             conditions = 5 + len(recipe.robustness.flipped) + len(recipe.robustness.contexts)
             return conditions * sum(self._evaluation(task, [recipe.robustness.num_shots], recipe.num_seeds) for task in tasks)

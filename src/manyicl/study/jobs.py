@@ -6,7 +6,7 @@ Nothing that is chosen is chosen on held-out tasks: rates and shots are read fro
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from manyicl.packing import RowDataset
 from manyicl.records import EvaluationRecord, RecordWriter, Shots, read_records
 from manyicl.results.claims import read_method
 from manyicl.results.contrasts import Cells, headline_value, terms_at
-from manyicl.results.files import BASE, CorpusFacts, ModelFacts
+from manyicl.results.files import BASE, CorpusFacts, HarnessFacts, ModelFacts
 from manyicl.results.forgetting_card import CHAT
 from manyicl.robustness import evaluate_robustness
 from manyicl.runs import library_versions, train
@@ -46,6 +46,7 @@ class Outcome:
 
     models: list[ModelFacts] = field(default_factory=list)
     corpora: list[CorpusFacts] = field(default_factory=list)
+    harness: list[HarnessFacts] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,6 +80,7 @@ class Study:
             "train": self._train,
             "evaluate": self._evaluate,
             "forgetting": self._measure_forgetting,
+            "harness": self._run_harness,
             "dedicated-rate": self._tune_dedicated,
             "dedicated": self._tune_dedicated,
             "classic": self._evaluate_classic,
@@ -306,6 +308,17 @@ class Study:
         for name, task in load_suite("builtin").tasks.items():
             list(evaluate_task(method, replace(task, name=f"builtin/{name}"), "builtin", plan=plan, writer=writer))
         return Outcome(corpora=corpora)
+
+    def _run_harness(self, cell: Cell) -> Outcome:
+        """Tasks of lm-evaluation-harness; it fails, and says why, where that or its data sets cannot be reached."""
+        from manyicl.lm_eval_adapter import evaluate_harness_tasks
+
+        model, settings = cell.name.partition("/")[2], self.recipe.forgetting
+        path = self._model_path(model)
+        scores = evaluate_harness_tasks(
+            path, settings.harness_tasks, include_path=settings.harness_path, limit=settings.harness_limit
+        )
+        return Outcome(harness=[HarnessFacts(model=model, method=cell.method, **asdict(score)) for score in scores])
 
 
 def checkpoint_folder(run: str, update: int) -> Path:

@@ -85,6 +85,9 @@ class ForgettingConfig(_Section):
     max_bytes: int = Field(100_000, ge=1000, description="Bytes read from the start of each.")
     window_tokens: int = Field(1024, ge=2, description="Tokens in a window.")
     num_queries: int = Field(40, ge=1, description="Chat questions from each built-in task, without demonstrations.")
+    harness_tasks: list[str] = Field(default_factory=list, description="Tasks of lm-evaluation-harness, if it is installed.")
+    harness_path: str | None = Field(None, description="Folder of further tasks in its format; None for none.")
+    harness_limit: int = Field(200, ge=1, description="Documents of each of these tasks, at most.")
 
 
 class RobustnessConfig(_Section):

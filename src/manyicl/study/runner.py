@@ -38,7 +38,7 @@ from manyicl.errors import ManyICLError, RecipeError, RecordsError
 from manyicl.files import storage_errors, write_json_atomic, write_text_atomic
 from manyicl.records import EvaluationRecord, read_records
 from manyicl.results.claims import make_claims
-from manyicl.results.files import CellFacts, CorpusFacts, ModelFacts, StudyResults, write_results
+from manyicl.results.files import CellFacts, CorpusFacts, HarnessFacts, ModelFacts, StudyResults, write_results
 from manyicl.runs import library_versions
 from manyicl.study.cells import Cell, list_cells
 from manyicl.study.jobs import Outcome, Study
@@ -65,6 +65,7 @@ class CellResult(BaseModel):
     num_records: int = 0
     models: list[ModelFacts] = []
     corpora: list[CorpusFacts] = []
+    harness: list[HarnessFacts] = []
     facts: dict[str, Any] = {}
 
 
@@ -102,7 +103,8 @@ class StudyFolder:
             return
         if not (path.is_file() and hashes.is_file()):
             raise RecipeError(f"{self.output}: holds cells without a study.yaml and tasks.json. Choose another output.")
-        differing = _differing(recipe, yaml.safe_load(path.read_text(encoding="utf-8")))
+        known = StudyRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        differing = _differing(recipe, known.model_dump(mode="json", exclude={"output"}))
         if differing:
             raise RecipeError(f"{self.output}: holds the results of another recipe ({differing} differ). Choose another output.")
         changed = _differing(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
@@ -140,7 +142,7 @@ class StudyFolder:
     def outcome(self, cell: str) -> Outcome:
         """What a finished cell found."""
         result = self.read(cell)
-        return Outcome(result.models, result.corpora, result.facts)
+        return Outcome(result.models, result.corpora, result.harness, result.facts)
 
     @contextmanager
     def lock(self, cell: str) -> Iterator[bool]:
@@ -184,7 +186,7 @@ class StudyFolder:
 
     def gather(self) -> StudyResults:
         """Everything that finished cells have found, with the claims that follow."""
-        records, models, corpora, facts = [], [], [], []
+        records, models, corpora, harness, facts = [], [], [], [], []
         for cell in self.cells:
             status = self.status(cell.name)
             result = self.read(cell.name) if status == "done" else None
@@ -192,9 +194,15 @@ class StudyFolder:
                 records += self.records(cell.name)
                 models += result.models
                 corpora += result.corpora
+                harness += result.harness
             facts.append(self._cell_facts(cell, status, result))
         results = StudyResults(
-            recipe=self.recipe.model_dump(mode="json"), records=records, models=models, corpora=corpora, cells=facts
+            recipe=self.recipe.model_dump(mode="json"),
+            records=records,
+            models=models,
+            corpora=corpora,
+            harness=harness,
+            cells=facts,
         )
         return results.model_copy(update={"claims": make_claims(results)})
 
@@ -250,6 +258,7 @@ def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
             num_records=len(folder.records(cell.name)),
             models=outcome.models,
             corpora=outcome.corpora,
+            harness=outcome.harness,
             facts=outcome.facts,
         )
         write_text_atomic(folder.folder(cell.name) / "result.json", result.model_dump_json(indent=1) + "\n")

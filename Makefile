@@ -39,9 +39,9 @@ check: $(TOOLS)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_api.py
 
-# More than 20,000 requests made from the service's own OpenAPI document; ten minutes.
+# More than 20,000 requests made from the service's own OpenAPI document; a quarter of an hour.
 fuzz: $(TOOLS)
-	MANYICL_FUZZ_EXAMPLES=950 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
+	MANYICL_FUZZ_EXAMPLES=1050 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
 
 # 100,000 requests to one service, and its memory after each quarter of them; a quarter of an hour.
 soak: $(TOOLS)

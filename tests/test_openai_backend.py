@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -504,7 +505,17 @@ def test_every_edge_of_a_large_trie_is_asked_for_once_and_no_request_is_too_larg
     assert len(requests) <= 5
 
 
-def test_the_encoder_needs_no_weights(tiny_model_folder):
-    encoder = open_encoder(str(tiny_model_folder("llama")), format="chat")
+def test_the_encoder_needs_no_weights_and_has_the_format_of_the_models_rows(tiny_model_folder, tmp_path):
+    folder = tmp_path / "exported"
+    shutil.copytree(tiny_model_folder("llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert open_encoder(str(folder)).format == "plain"
+    assert open_encoder(str(folder), format="chat").format == "chat"
+    facts = folder / "manyicl.json"
+    facts.write_text(json.dumps({"base": "", "note": "", "format": "chat"}), encoding="utf-8")
+    encoder = open_encoder(str(folder))
     assert encoder.format == "chat"
     assert encoder.encode_query("x") == Encoder(encoder.tokenizer, format="chat").encode_query("x")
+    assert open_encoder(str(folder), format="plain").format == "plain"
+    facts.write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"manyicl.json: cannot be read \(JSONDecodeError\). Export the model again, or give"):
+        open_encoder(str(folder))

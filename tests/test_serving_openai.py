@@ -10,6 +10,7 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from openai.types.fine_tuning import FineTuningJob
 
+from manyicl.serving.app import create_app
 from manyicl.serving.keys import add_key
 from manyicl.serving.settings import Settings
 from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, overloaded, plain_file, serving, wait_for
@@ -191,6 +192,17 @@ def test_free_text_is_streamed(client: OpenAI) -> None:
     assert [(top.token, top.logprob) for top in first.content[0].top_logprobs] == [("O", -0.5), ("?", -9999.0)]
     assert (chunks[-1].choices, chunks[-1].usage and chunks[-1].usage.completion_tokens) == ([], 4)
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * 5
+
+
+def test_a_stream_is_documented_event_by_event(tmp_path: Path, backend: FakeBackend) -> None:
+    paths = create_app(Settings(tmp_path / "unused"), backend).openapi()["paths"]
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
+        assert set(content["text/event-stream"]) == {"itemSchema"}
+        event = content["text/event-stream"]["itemSchema"]
+        assert (event["type"], event["required"], list(event["properties"])) == ("object", ["data"], ["data"])
+        assert event["properties"]["data"]["type"] == "string"
 
 
 def test_plain_completions_take_the_same_options(client: OpenAI) -> None:

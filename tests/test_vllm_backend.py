@@ -2,27 +2,36 @@
 
 import asyncio
 import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from manyicl.errors import ModelError
+from manyicl.serving import vllm_backend
 from manyicl.serving.backends import BackendLimits, TaskSpec
 from manyicl.serving.vllm_backend import VllmBackend
 from manyicl.tasks.task import Example
+from serving_fixtures import wait_for
+from test_serving_command import served
 
 pytest.importorskip("httpx")
 
 # Completes one prompt after another with nothing; is ready after its second health check.
 STAND_IN = """
-import json, os, sys
+import json, os, signal, subprocess, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-print("started with", *sys.argv[1:], flush=True)
+print("process", os.getpid(), "started with", *sys.argv[1:], flush=True)
 if "--fail" in sys.argv:
     sys.exit("out of everything")
+if "--stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("process", subprocess.Popen(["sleep", "60"]).pid, flush=True)
 checks = []
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,7 +75,17 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def is_alive(pid):
-    return Path(f"/proc/{pid}").exists()
+    """Whether a process runs; one that has ended and that nobody has asked for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def processes(log):
+    """Ids of the processes that a stand-in has told."""
+    return [int(number) for number in re.findall(r"^process (\d+)", log.read_text(encoding="utf-8"), flags=re.MULTILINE)]
 
 
 def test_the_server_is_started_used_and_ended(stand_in, tiny_model_folder):
@@ -81,6 +100,7 @@ def test_the_server_is_started_used_and_ended(stand_in, tiny_model_folder):
             prepared = await backend.prepare(SPEC)
             assert prepared.computed_tokens == prepared.prefix_tokens - 3
             assert is_alive(child.pid)
+            assert os.getsid(child.pid) == child.pid  # Out of reach of a Ctrl-C that is meant for the service.
         finally:
             await backend.stop()
         assert child.returncode is not None
@@ -126,3 +146,37 @@ def test_a_folder_without_a_checkpoint_is_an_error_and_starts_nothing(stand_in):
 
     asyncio.run(scenario())
     assert not (stand_in / "vllm.log").exists()
+
+
+def test_a_server_that_does_not_stop_is_killed_with_all_that_it_started(stand_in, tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(vllm_backend, "STOP_SECONDS", 0.2)
+
+    async def scenario():
+        backend = VllmBackend(tiny_model_folder("llama"), stand_in / "vllm.log", options=("--stubborn",))
+        await backend.start()
+        started = processes(stand_in / "vllm.log")
+        assert [is_alive(pid) for pid in started] == [True, True]
+        await backend.stop()
+        wait_for(lambda: [is_alive(pid) for pid in started] == [False, False])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells the server of the service's end")
+def test_a_service_that_is_killed_takes_the_server_with_it(stand_in, tiny_model_folder):
+    options = ("--data-dir", stand_in / "data", "--engine", "vllm")
+    with served(tiny_model_folder("llama"), stand_in / "log", *options) as (service, _):
+        (server,) = processes(stand_in / "data" / "vllm.log")
+        assert is_alive(server)
+        service.send_signal(signal.SIGKILL)
+        wait_for(lambda: not is_alive(server))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells the server of the service's end")
+def test_a_server_whose_service_has_ended_does_not_start():
+    def run(parent):
+        command = [sys.executable, "-c", vllm_backend._ENDS_WITH_PARENT, str(parent), "-c", "print('started')"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert run(os.getpid()) == "started\n"
+    assert run(os.getppid()) == ""

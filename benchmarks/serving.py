@@ -48,7 +48,9 @@ from manyicl.tasks.task import Example
 
 MODEL = "default"
 HERE = Path(__file__).parent
-TOLERANCE = 0.05  # On probabilities: see `other_slices` of docs/results/serving.md.
+TOLERANCE = 0.05  # On probabilities, on average: a bf16 prefix computed in other slices is off by a tenth of it.
+LEAST_SAME = 0.95  # Share of queries with the same best label.
+FLOOD_SECONDS = 10
 OVERLOAD = 20  # Times what callers who wait get answered.
 
 BARE_LOAD = "from manyicl.serving.native_backend import open_native_engine; open_native_engine('default')"
@@ -150,9 +152,9 @@ class Measurement:
         scores = self.choose(inputs)
         expected = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
         change = np.abs(found - expected)
-        if change.mean() > TOLERANCE:
-            raise SystemExit(f"served probabilities are off by {change.mean():.3f} on average; nothing is reported")
         same = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
+        if change.mean() > TOLERANCE or same < LEAST_SAME:
+            raise SystemExit(f"served probabilities are off by {change.mean():.3f}, {same:.1%} of labels the same; not reported")
         return {"mean_change": float(change.mean()), "largest_change": float(change.max()), "same_best_label": same}
 
     def measure_throughput(self, address: str, peer: "VllmServer | None") -> dict[str, Any]:
@@ -218,7 +220,14 @@ class Measurement:
             make_task(address, "tickets", self.examples)
             bodies = [{"model": "tickets", "input": text} for text in self.make_queries()]
             before, _, waited = call_in_turn(address, "/v1/classify", bodies, callers=self.arguments.callers)
-            job = {"address": address, "path": "/v1/classify", "bodies": bodies, "connections": 256, "rate": rate, "seconds": 10}
+            job = {
+                "address": address,
+                "path": "/v1/classify",
+                "bodies": bodies,
+                "connections": 256,
+                "rate": rate,
+                "seconds": FLOOD_SECONDS,
+            }
             path = self.folder / "flood.json"
             path.write_text(json.dumps(job), encoding="utf-8")
             shown = subprocess.run([sys.executable, str(HERE / "http_load.py"), str(path)], check=True, capture_output=True)
@@ -227,7 +236,13 @@ class Measurement:
         if not set(found["statuses"]) <= {"200", "429"}:
             raise SystemExit(f"an overloaded service answered {found['statuses']}; nothing is reported")
         admitted = found["statuses"]["200"]["count"] / found["seconds"]
-        found |= {"wanted_per_second": rate, "admitted_per_second": admitted, "max_queue": self.arguments.callers}
+        found |= {
+            "wanted_per_second": rate,
+            "times_capacity": OVERLOAD,
+            "wanted_seconds": FLOOD_SECONDS,
+            "admitted_per_second": admitted,
+            "max_queue": self.arguments.callers,
+        }
         calm = {"queries_per_second": len(bodies) / before, "p50_ms": 1000 * statistics.median(waited)}
         return found | {"before": calm, "after_queries_per_second": len(bodies) / after}
 

@@ -74,9 +74,10 @@ def overload_lines(overload: dict[str, Any], callers: int) -> list[str]:
     admitted, refused = overload["statuses"]["200"], overload["statuses"].get("429", {"count": 0, "p50_ms": 0.0, "p95_ms": 0.0})
     calm = overload["before"]
     return [
-        f"{overload['sent_per_second']:,.0f} requests a second were sent for ten seconds ({overload['wanted_per_second']:,.0f}, twenty "
-        f"times what {callers} callers get, were meant to be), to a service with `--max-queue {overload['max_queue']}`. Sender and service "
-        "shared the two processors.",
+        f"{overload['sent']:,} requests were due within {overload['wanted_seconds']} seconds ({overload['wanted_per_second']:,.0f} a second, "
+        f"{overload['times_capacity']} times what {callers} callers get), and {overload['sent_per_second']:,.0f} a second could be sent: "
+        "sender and service shared the machine. The service had "
+        f"`--max-queue {overload['max_queue']}`. Times are counted from when a request was due.",
         "",
         "| | count | p50 | p95 |",
         "|---|---:|---:|---:|",
@@ -119,6 +120,7 @@ def make_page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Read the result and write the page."""
     source = Path(sys.argv[1])
     write_text_atomic(source.with_suffix(".md"), make_page(json.loads(source.read_text(encoding="utf-8"))))
 

@@ -43,7 +43,7 @@ check: $(TOOLS)
 fuzz: $(TOOLS)
 	MANYICL_FUZZ_EXAMPLES=1050 $(BIN)/python -m pytest -q -s tests/test_serving_fuzz.py
 
-# 100,000 requests to one service, and its memory after each quarter of them; a quarter of an hour.
+# 100,000 requests to one service, and its memory after each quarter of them; some minutes.
 soak: $(TOOLS)
 	MANYICL_SOAK_REQUESTS=100000 $(BIN)/python -m pytest -q -s tests/test_serving_soak.py
 

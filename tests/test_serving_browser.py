@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manyicl.errors import OverloadedError
 from manyicl.serving import jobs
 from manyicl.serving.backends import Prepared, TaskSpec
 from manyicl.serving.keys import add_key
@@ -28,6 +29,9 @@ NO_TABLE = 'Line 1 is neither an object such as {"prompt": …, "completion": �
 NAMES = """() => [...document.querySelectorAll("input, textarea, button, [role=progressbar], section, nav, dialog")]
     .filter((node) => !(node.labels && node.labels.length) && !node.getAttribute("aria-labelledby") && !node.textContent.trim())
     .map((node) => node.outerHTML)"""
+# Lists of bars that are wider than their place, so that numbers are cut.
+CUT = """() => [...document.querySelectorAll(".bars")]
+    .filter((list) => list.scrollWidth > list.clientWidth).map((list) => list.id)"""
 # Every visible text with less contrast to what lies behind it than WCAG AA asks for: 4.5, and 3 where it is large.
 FAINT = """() => {
     const parse = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -148,8 +152,9 @@ def test_a_task_from_its_examples_to_its_deletion(opened: Opened, backend: Stepp
     progress = page.get_by_role("progressbar", name="Making tickets")
     page.wait_for_selector("#progress[aria-valuenow='40']")
     assert progress.is_visible()
-    assert page.inner_text("#job-status") == "Reading the examples: 40 of 100 tokens."
-    assert "18 examples read; 2 labels." in opened.texts("#events li")
+    assert page.inner_text("#job-status") == "Reading the examples."
+    assert page.inner_text("#job-tokens") == "40 of 100 tokens computed"
+    assert opened.texts("#events li")[-1] == "18 examples read; 2 labels."  # What the bar shows is not listed.
     backend.gate.set()
     page.wait_for_selector("#task:visible")
     assert page.inner_text("#task-title") == "tickets"
@@ -251,6 +256,9 @@ def test_a_wrong_key_is_said_and_a_right_one_is_kept_in_the_tab(
         page.wait_for_selector("#no-tasks:visible")
         assert page.locator("#tasks-error").is_hidden()
         assert page.input_value("#key") == ""
+        page.click("#key-form [type=submit]")  # An empty field forgets nothing.
+        assert page.evaluate("sessionStorage.length") == 1
+        assert page.locator("header").bounding_box()["height"] < 80  # type: ignore[index]  # The form in one line.
         opened.make(chat_file(TICKETS), "mine")
         assert 'os.environ["MANYICL_API_KEY"]' in page.inner_text("#code")
         assert key not in page.content()
@@ -275,9 +283,9 @@ def test_free_text_is_streamed_and_stopped(opened: Opened, backend: SteppedBacke
     backend.delay = 0.4
     opened.ask("capital of France")
     opened.until("document.querySelector('#answer-text').textContent.startsWith('Pa')")
-    assert page.get_attribute("#answer", "aria-busy") == "true"
+    assert page.get_attribute("#answer-text", "aria-busy") == "true"
     page.click("#stop")
-    opened.until("document.querySelector('#answer-cost').textContent === 'Stopped.'")
+    opened.until("document.querySelector('#query-note').textContent === 'Stopped.'")
     assert page.inner_text("#answer-text") in ("Pa", "Par", "Pari")
     written = backend.num_pieces
     backend.delay = 0
@@ -333,9 +341,9 @@ def test_the_services_errors_are_shown_in_its_words(opened: Opened, backend: Ste
     opened.make(chat_file(TICKETS), "tickets")
     backend.failure = overloaded(6.2)
     opened.ask("my invoice")
-    assert opened.error("query") == "the queue is full. (Again in 7 s.)"
+    assert opened.error("query") == "the queue is full. Try again in 7 s."
     page.click("#measure")
-    assert opened.error("quality") == "the queue is full. (Again in 7 s.)"
+    assert opened.error("quality") == "the queue is full. Try again in 7 s."
     backend.failure = None
     page.click("#ask")
     page.wait_for_selector("#answer:visible")
@@ -362,7 +370,8 @@ def test_a_job_is_found_again_after_a_reload_and_can_be_cancelled(opened: Opened
     page.wait_for_selector("#progress[aria-valuenow='40']")
     assert page.inner_text("#job-title") == "Making tickets"
     page.click("#cancel")
-    assert opened.error("job") == "The job was cancelled. Nothing of it is kept."
+    opened.until("document.querySelector('#job-status').textContent === 'Cancelled: nothing of it is kept.'")
+    assert page.locator("#job-error").is_hidden()
     assert page.locator("#examples-form").is_visible()
     wait_for(lambda: not Caller(address)("GET", "/v1/files")[1]["data"])
     assert opened.texts("#tasks li") == []
@@ -417,7 +426,7 @@ def test_the_keyboard_is_enough(opened: Opened) -> None:
     assert page.inner_text("#answer-text") == "billing"
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 320), ("dark", 320)])
 def test_it_is_readable_in_light_and_dark_wide_and_narrow(browser: "Browser", address: str, scheme: Any, width: int) -> None:
     opened = Opened(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800})
     page = opened.page
@@ -426,6 +435,7 @@ def test_it_is_readable_in_light_and_dark_wide_and_narrow(browser: "Browser", ad
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate(FAINT) == []
         assert page.evaluate(NAMES) == []
+        assert page.evaluate(CUT) == []
 
     look()
     opened.check("broken\n{}\n" + plain_file([*TICKETS, *TICKETS, ("long " * 60, "w" * 90), ("x" * 400, "w" * 90)]).decode())
@@ -433,7 +443,7 @@ def test_it_is_readable_in_light_and_dark_wide_and_narrow(browser: "Browser", ad
     page.click("summary")
     look()
     opened.make(plain_file([*TICKETS * 2, ("long " * 60, "w" * 90), ("x" * 400, "w" * 90)]), "m" * 64)
-    opened.ask("x" * 300)
+    opened.ask("my invoice is wrong " + "x" * 300)
     page.wait_for_selector("#answer:visible")
     page.click("#measure")
     page.wait_for_selector("#curve:visible")
@@ -444,3 +454,102 @@ def test_it_is_readable_in_light_and_dark_wide_and_narrow(browser: "Browser", ad
     backgrounds = {"light": "rgb(246, 247, 248)", "dark": "rgb(18, 22, 26)"}
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == backgrounds[scheme]
     opened.context.close()
+
+
+def test_an_answer_never_stands_under_another_query_or_task(opened: Opened, backend: SteppedBackend) -> None:
+    page = opened.page
+    opened.make(chat_file(TICKETS), "tickets")
+    page.click("#new-task")
+    opened.make(chat_file([(f"{given} or so", answer.upper()) for given, answer in TICKETS]), "other")
+    assert opened.texts("#tasks li") == ["other", "tickets"]
+    opened.ask("my invoice")
+    page.wait_for_selector("#answer:visible")
+    backend.delay = 0.5
+    page.fill("#query", "a crash")
+    page.focus("#ask")
+    page.keyboard.press("Enter")
+    opened.until("document.querySelector('#query-note').textContent === 'Asking…'")
+    assert page.get_attribute("#answer", "class") == "old"
+    assert page.evaluate("document.activeElement.id") == "ask"  # A button that works keeps the focus.
+    page.click("#tasks button:text('tickets')")
+    opened.until("document.querySelector('#task-title').textContent === 'tickets'")
+    page.wait_for_timeout(700)
+    assert page.locator("#answer").is_hidden()
+    assert (page.inner_text("#query-note"), page.locator("#stop").is_hidden()) == ("", True)
+    backend.delay = 0
+    opened.ask("my invoice")
+    page.wait_for_selector("#answer:visible")
+    backend.failure = OverloadedError("Too much waits. Try again in 3.2 s.", retry_after_seconds=3.2)
+    page.click("#ask")
+    assert opened.error("query") == "Too much waits. Try again in 3.2 s."
+    assert page.locator("#answer").is_hidden()
+
+
+def test_labels_that_are_numbers_stand_by_their_probability(opened: Opened) -> None:
+    pairs = [("lovely and kind", "10"), ("rude and late", "2"), ("lovely and quick", "10"), ("rude and slow", "2")]
+    opened.make(plain_file(pairs), "stars")
+    opened.ask("lovely and kind")
+    opened.page.wait_for_selector("#answer:visible")
+    assert opened.texts("#probabilities .label") == ["10", "2"]
+
+
+def test_the_sample_takes_no_ones_place(opened: Opened) -> None:
+    page = opened.page
+    page.fill("#examples", "mine")
+    page.click("#sample")
+    assert page.input_value("#examples") == "mine"
+    note = "Your examples were left as they are. Empty the field to insert the sample."
+    assert page.inner_text("#examples-note") == note
+    page.fill("#examples", "")
+    page.click("#sample")
+    assert len(page.input_value("#examples").splitlines()) == 12
+    assert page.inner_text("#examples-note") == ""
+
+
+def test_a_check_of_labels_that_were_changed_meanwhile_is_not_shown(opened: Opened, backend: SteppedBackend) -> None:
+    page = opened.page
+    backend.delay = 0.4
+    opened.check(chat_file(TICKETS).decode())
+    opened.until("document.querySelector('#examples-note').textContent === 'Checking…'")
+    page.click("summary")
+    page.fill("#labels", "bug\nbilling\nwish")
+    opened.until("document.querySelector('#examples-note').textContent !== 'Checking…'")
+    assert page.locator("#checked").is_hidden()
+    page.click("#check")
+    page.wait_for_selector("#checked:visible")
+    assert opened.texts("#label-counts li") == ["bug\n3", "billing\n3", "wish\n0"]
+
+
+def test_a_service_that_is_away_leaves_the_list(opened: Opened) -> None:
+    page = opened.page
+    opened.make(chat_file(TICKETS), "tickets")
+    page.route("**/v1/**", lambda route: route.abort())
+    page.click("#tasks button")
+    assert opened.error("tasks") == "The service cannot be reached. Is it running?"
+    assert opened.texts("#tasks li") == ["tickets"]
+    page.unroute("**/v1/**")
+    page.click("#tasks button")
+    page.wait_for_selector("#tasks-error", state="hidden")
+
+
+def test_the_curve_is_drawn_anew_in_another_width(opened: Opened) -> None:
+    page = opened.page
+    opened.make(chat_file(TICKETS * 3), "tickets")
+    page.click("#measure")
+    page.wait_for_selector("#curve:visible")
+    page.set_viewport_size({"width": 320, "height": 800})
+    opened.until("document.querySelector('#plot svg').viewBox.baseVal.width === document.querySelector('#plot').clientWidth")
+    assert page.locator("#plot svg").bounding_box()["width"] == 288  # type: ignore[index]
+
+
+def test_a_long_list_of_labels_is_reached_by_the_keyboard(opened: Opened) -> None:
+    page = opened.page
+    page.click("summary")
+    page.fill("#labels", "\n".join(f"label {number}" for number in range(40)))
+    opened.check(plain_file([("input", "label 3"), ("another", "label 4")]).decode())
+    page.wait_for_selector("#checked:visible")
+    assert page.get_attribute("#label-counts", "tabindex") == "0"  # Chromium would reach it anyway, other browsers would not.
+    page.fill("#labels", "label 3\nlabel 4")
+    page.click("#check")
+    page.wait_for_selector("#checked:visible")
+    assert page.get_attribute("#label-counts", "tabindex") is None

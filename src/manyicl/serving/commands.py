@@ -63,9 +63,10 @@ def serve(
     except ModuleNotFoundError as error:
         raise UserInputError("manyicl serve needs further packages. Type: pip install 'manyicl[serve]'") from error
     from manyicl.serving.backends import BackendLimits
-    from manyicl.serving.settings import Settings
+    from manyicl.serving.settings import Limits, Settings
 
-    settings = Settings(data_dir, host, port, api_keys, database_url)
+    own = Limits(measured_at_once=min(Limits.measured_at_once, max_queue))
+    settings = Settings(data_dir, host, port, api_keys, database_url, own)
     if check:
         _check_store(settings)
         return
@@ -102,14 +103,13 @@ def _make_backend(engine: _Engine, data_dir: Path, limits: "BackendLimits") -> "
 
         opener = partial(open_native_engine, engine.model, format=engine.format, context_tokens=engine.context)
         return NativeBackend(opener, data_dir / "prefixes", limits)
-    form: Format = engine.format or "plain"
     if engine.name == "openai":
         from manyicl.serving.openai_backend import OpenAIBackend, open_encoder
 
         return OpenAIBackend(
             str(engine.base_url),
             engine.remote_model or engine.model,
-            partial(open_encoder, engine.model, format=form),
+            partial(open_encoder, engine.model, format=engine.format),
             context_tokens=engine.context,
             api_key=os.environ.get("MANYICL_REMOTE_KEY"),
             limits=limits,
@@ -122,7 +122,7 @@ def _make_backend(engine: _Engine, data_dir: Path, limits: "BackendLimits") -> "
         return VllmBackend(
             Path(engine.model),
             data_dir / "vllm.log",
-            format=form,
+            format=engine.format,
             python=python,
             options=options,
             limits=limits,
@@ -133,7 +133,7 @@ def _make_backend(engine: _Engine, data_dir: Path, limits: "BackendLimits") -> "
 def _check_store(settings: "Settings") -> None:
     from manyicl.serving.store import Store
 
-    store = Store(settings)
+    store = Store(settings, is_checked=True)
     try:
         problems = store.check()
     finally:

@@ -6,8 +6,9 @@ const $ = (id) => document.getElementById(id);
 const HAS_KEYS = document.documentElement.dataset.keys === "yes";
 const KEY = "manyicl-key";
 
-// task: facts of the task that is shown, or null; checked: the text and labels that were found usable; job: id of the one that runs.
-const state = { task: null, checked: null, job: null, answering: null, measuring: null, opening: 0, tab: "python" };
+// task: facts of the task that is shown, or null; checked: the text and labels that were found usable; job: id of the one that runs;
+// points: the curve that is drawn; checking and opening: numbers that rise, so that what comes too late is known.
+const state = { task: null, checked: null, job: null, answering: null, measuring: null, points: [], checking: 0, opening: 0, tab: "python" };
 
 function make(tag, content = "", attributes = {}) {
   const node = document.createElement(tag);
@@ -21,10 +22,18 @@ function show(node, isShown = true) {
 }
 
 function showError(id, error) {
+  const text = error ? error.message || String(error) : "";
   show($(id), Boolean(error));
-  $(id).textContent = error ? error.message || String(error) : "";
+  if ($(id).textContent !== text) $(id).textContent = text; // The same again is not read out again.
   if (error && error.status === 401 && HAS_KEYS) $("key").focus();
 }
+
+// A button whose work is under way keeps the focus, which one that is disabled loses.
+function setBusy(id, isAtWork) {
+  $(id).setAttribute("aria-disabled", String(isAtWork));
+}
+
+const isBusy = (id) => $(id).getAttribute("aria-disabled") === "true";
 
 function showFacts(id, facts) {
   $(id).replaceChildren(...facts.map(([name, value]) => {
@@ -32,6 +41,13 @@ function showFacts(id, facts) {
     pair.append(make("dt", name), make("dd", value));
     return pair;
   }));
+}
+
+// Bars in a list, which the keyboard reaches where it has to be scrolled.
+function showBars(id, bars) {
+  $(id).replaceChildren(...bars);
+  if ($(id).scrollHeight > $(id).clientHeight) $(id).tabIndex = 0;
+  else $(id).removeAttribute("tabindex");
 }
 
 function bar(label, share, number, isBest = false) {
@@ -79,7 +95,7 @@ async function send(method, path, body, signal) {
     message = (await answer.json()).error.message;
   } catch { /* A proxy's page: its status says what there is to say. */ }
   const wait = answer.headers.get("Retry-After");
-  throw new ServiceError(wait ? `${message} (Again in ${wait} s.)` : message, answer.status);
+  throw new ServiceError(wait && !/ again /i.test(message) ? `${message} Try again in ${wait} s.` : message, answer.status);
 }
 
 const call = async (method, path, body, signal) => (await send(method, path, body, signal)).json();

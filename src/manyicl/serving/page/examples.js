@@ -114,6 +114,13 @@ function takeExamples(text, name = "") {
   return isReadable;
 }
 
+// The sample never takes the place of what a person has put there.
+function insertSample() {
+  const sample = toLines(SAMPLE), text = $("examples").value;
+  if (!text.trim() || text === sample) takeExamples(sample);
+  else $("examples-note").textContent = "Your examples were left as they are. Empty the field to insert the sample.";
+}
+
 async function openFile(file) {
   try {
     takeExamples(await readFile(file), file.name);
@@ -132,12 +139,14 @@ function readLabels() {
 }
 
 function forgetCheck() {
+  state.checking += 1;
   state.checked = null;
   for (const id of ["checked", "create-form"]) show($(id), false);
 }
 
 async function checkExamples(event) {
   event.preventDefault();
+  if (isBusy("check")) return;
   show($("job"), false);
   if (!takeExamples($("examples").value)) return;
   const text = $("examples").value, labels = readLabels();
@@ -146,17 +155,17 @@ async function checkExamples(event) {
     $("examples").focus();
     return;
   }
-  const note = $("examples-note").textContent;
-  $("check").disabled = true;
+  const note = $("examples-note").textContent, turn = state.checking;
+  setBusy("check", true);
   $("examples-note").textContent = "Checking…";
   try {
     const found = await call("POST", "/v1/examples/check", labels === null ? { text } : { text, labels });
-    if ($("examples").value === text) showCheck(found, { text, labels });
+    if (turn === state.checking) showCheck(found, { text, labels }); // Else they were changed meanwhile.
   } catch (error) {
     showError("examples-error", error);
   } finally {
-    $("examples-note").textContent = note;
-    $("check").disabled = false;
+    if ($("examples-note").textContent === "Checking…") $("examples-note").textContent = note;
+    setBusy("check", false);
   }
 }
 
@@ -177,8 +186,8 @@ function showCheck(found, checked) {
   showError("create-error", null);
   const most = Math.max(1, ...found.labels.map((label) => label.count));
   show($("label-counts-box"), found.labels.length > 0);
-  $("label-counts").replaceChildren(...found.labels.map((label) => bar(label.label, label.count / most, digits(label.count))));
   show($("checked"));
+  showBars("label-counts", found.labels.map((label) => bar(label.label, label.count / most, digits(label.count))));
   state.checked = found.is_usable ? checked : null;
   show($("create-form"), found.is_usable);
   $("checked-title").focus();

@@ -4,14 +4,17 @@
 const POLL_MS = 300;
 const MAX_POLL_MS = 2000;
 const JOBS = "/v1/fine_tuning/jobs";
-const JOB_WORDS = { queued: "Waiting for its turn", running: "Reading the examples", succeeded: "Ready", failed: "Failed", cancelled: "Cancelled" };
+const COMPUTED = /^(\d+) of (\d+) tokens computed/;
+const JOB_WORDS = { queued: "Waiting for its turn", running: "Reading the examples", succeeded: "Ready", failed: "Failed", cancelled: "Cancelled: nothing of it is kept" };
 
 // ---- tasks
 
 async function listTasks() {
   try {
-    const names = (await call("GET", "/v1/models")).data.map((model) => model.id).filter((name) => name !== "base");
-    $("tasks").replaceChildren(...names.map((name) => {
+    // The newest first. A list that stays as it is keeps the focus and its place.
+    const names = (await call("GET", "/v1/models")).data.map((model) => model.id).filter((name) => name !== "base").reverse();
+    const shown = [...$("tasks").children].map((entry) => entry.textContent);
+    if (names.join() !== shown.join()) $("tasks").replaceChildren(...names.map((name) => {
       const entry = make("li"), button = make("button", name, { type: "button", class: "row" });
       button.addEventListener("click", () => openTask(name));
       entry.append(button);
@@ -22,7 +25,7 @@ async function listTasks() {
     markCurrent();
     return true;
   } catch (error) {
-    $("tasks").replaceChildren();
+    if (error.status === 401) $("tasks").replaceChildren(); // At any other error they are probably still there.
     show($("no-tasks"), false);
     showError("tasks-error", error);
     return false;
@@ -42,6 +45,7 @@ function openNew() {
   state.opening += 1;
   state.task = null;
   document.title = "manyicl";
+  showError("tasks-error", null);
   show($("task"), false);
   show($("make"));
   markCurrent();
@@ -52,9 +56,10 @@ function openNew() {
 
 async function createTask(event) {
   event.preventDefault();
+  if (isBusy("create")) return;
   showError("create-error", null);
   const name = $("name").value.trim(), { text, labels } = state.checked;
-  $("create").disabled = true;
+  setBusy("create", true);
   try {
     const form = new FormData();
     form.append("purpose", "fine-tune");
@@ -72,7 +77,7 @@ async function createTask(event) {
   } catch (error) {
     showError("create-error", error);
   } finally {
-    $("create").disabled = false;
+    setBusy("create", false);
   }
 }
 
@@ -112,14 +117,14 @@ async function watchJob(job) {
     await listTasks();
     if (!state.task) await openTask(job.fine_tuned_model);
   } else if (job.finished_at) {
-    showError("job-error", job.error || new Error("The job was cancelled. Nothing of it is kept."));
+    showError("job-error", job.error); // None where it was cancelled.
     $("job-title").focus();
   }
 }
 
 function showProgress(job, events) {
-  const told = events.find((event) => /^\d+ of \d+ tokens computed/.test(event.message));
-  const [done, total] = told ? told.message.match(/\d+/g) : [0, 0];
+  const told = events.map((event) => COMPUTED.exec(event.message)).find(Boolean);
+  const [done, total] = told ? told.slice(1).map(Number) : [0, 0];
   const share = job.status === "succeeded" ? 100 : Math.floor((100 * done) / total);
   const isKnown = Number.isFinite(share);
   $("progress").classList.toggle("waiting", !isKnown && !job.finished_at);
@@ -127,9 +132,12 @@ function showProgress(job, events) {
   else $("progress").removeAttribute("aria-valuenow");
   $("progress-bar").style.width = isKnown ? `${share}%` : "";
   const isCounting = isKnown && job.status === "running";
-  const text = JOB_WORDS[job.status] + (isCounting ? `: ${digits(Number(done))} of ${digits(Number(total))} tokens.` : ".");
+  // Read out when it changes: the count, which changes all the time, stands beside it.
+  const text = `${JOB_WORDS[job.status]}.`;
   if ($("job-status").textContent !== text) $("job-status").textContent = text;
-  $("events").replaceChildren(...events.map((event) => make("li", event.message, { class: event.level })));
+  $("job-tokens").textContent = isCounting ? `${digits(done)} of ${digits(total)} tokens computed` : "";
+  const others = events.filter((event) => !COMPUTED.test(event.message));
+  $("events").replaceChildren(...others.reverse().map((event) => make("li", event.message, { class: event.level })));
 }
 
 async function cancelJob() {
@@ -146,6 +154,8 @@ async function useKey(key) {
   if (key) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
   $("key").value = "";
+  $("tasks").replaceChildren();
+  for (const id of ["examples-error", "create-error", "job-error"]) showError(id, null);
   openNew();
   await start();
 }
@@ -177,7 +187,7 @@ async function start() {
 function listenToExamples() {
   const area = $("examples");
   for (const id of ["examples", "labels", "free-text"]) $(id).addEventListener("input", forgetCheck);
-  $("sample").addEventListener("click", () => takeExamples(toLines(SAMPLE)));
+  $("sample").addEventListener("click", insertSample);
   $("file").addEventListener("change", async () => {
     const [file] = $("file").files;
     if (file) await openFile(file);
@@ -206,6 +216,7 @@ function listenToTask() {
   });
   $("stop").addEventListener("click", () => state.answering && state.answering.abort());
   $("measure").addEventListener("click", measure);
+  addEventListener("resize", drawCurve);
   $("copy").addEventListener("click", copySnippet);
   for (const tab of ["python", "curl"]) {
     $(`tab-${tab}`).addEventListener("click", () => switchTab(tab));

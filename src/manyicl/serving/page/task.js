@@ -2,7 +2,6 @@
 "use strict";
 
 async function openTask(name) {
-  leaveTask();
   const turn = state.opening += 1;
   let facts;
   try {
@@ -13,6 +12,7 @@ async function openTask(name) {
     return;
   }
   if (turn !== state.opening) return; // Another was asked for meanwhile.
+  leaveTask();
   state.task = facts;
   document.title = `${name} – manyicl`;
   $("task-title").textContent = name;
@@ -40,9 +40,9 @@ function leaveTask() {
 function showCost(facts) {
   showFacts("cost", [
     ["Examples in context", `${digits(facts.num_shots)} of ${digits(facts.num_examples)}`],
-    ["Tokens queries share", `${digits(facts.prefix_tokens)} of ${digits(facts.context_tokens)}`],
-    ["Tokens computed for it", digits(facts.computed_tokens)],
-    ["Time of the prefill", seconds(facts.prefill_seconds)],
+    ["Tokens in context", `${digits(facts.prefix_tokens)} of ${digits(facts.context_tokens)}`],
+    ["Tokens computed", digits(facts.computed_tokens)],
+    ["Prefill", seconds(facts.prefill_seconds)],
     ["Answers", facts.labels.length ? count(facts.labels.length, "label") : "free text"],
   ]);
   $("left-out").textContent = facts.num_left_out ? `${count(facts.num_left_out, "example")} left out: ${facts.left_out[0].reason}.` : "";
@@ -67,29 +67,43 @@ async function ask(event) {
   const task = state.task, answering = state.answering = new AbortController();
   const started = performance.now();
   showError("query-error", null);
-  $("ask").disabled = true;
+  setBusy("ask", true);
+  show($("stop"));
+  $("query-note").textContent = "Asking…";
+  $("answer").classList.add("old"); // What stands there answers the query before.
+  let note = "";
   try {
     const usage = await (task.labels.length ? classify : write)(task, $("query").value, answering.signal);
     showUsage(usage, (performance.now() - started) / 1000);
     showSnippet();
   } catch (error) {
-    if (error.name === "AbortError") $("answer-cost").textContent = "Stopped.";
+    if (error.name === "AbortError") note = "Stopped.";
     else showError("query-error", error);
+    if ($("answer").classList.contains("old")) show($("answer"), false);
   } finally {
     state.answering = null;
-    $("ask").disabled = false;
+    setBusy("ask", false);
+    if (document.activeElement === $("stop")) $("ask").focus();
     show($("stop"), false);
-    $("answer").removeAttribute("aria-busy");
+    $("query-note").textContent = state.task === task ? note : "";
+    $("answer-text").removeAttribute("aria-busy");
   }
+}
+
+function showAnswer(text, bars) {
+  $("answer").classList.remove("old");
+  show($("answer"));
+  $("answer-text").textContent = text;
+  showBars("probabilities", bars);
+  $("answer-cost").textContent = "";
 }
 
 async function classify(task, input, signal) {
   const found = await call("POST", "/v1/classify", { model: task.id, input }, signal);
   const best = found.data[0];
-  $("answer-text").textContent = best.label;
-  $("probabilities").replaceChildren(...Object.entries(best.probabilities).map(
-    ([label, share]) => bar(label, share, percent(share), label === best.label)));
-  show($("answer"));
+  // The service puts the most probable first; an object puts names such as "10" before all others.
+  const shares = Object.entries(best.probabilities).sort((one, other) => other[1] - one[1]);
+  showAnswer(best.label, shares.map(([label, share]) => bar(label, share, percent(share), label === best.label)));
   return { ...found.usage, num_shots: best.num_shots };
 }
 
@@ -97,11 +111,8 @@ async function write(task, input, signal) {
   const messages = [{ role: "user", content: input }];
   const body = { model: task.id, messages, stream: true, stream_options: { include_usage: true } };
   const answer = await send("POST", "/v1/chat/completions", body, signal);
-  $("answer-text").textContent = $("answer-cost").textContent = "";
-  $("probabilities").replaceChildren();
-  $("answer").setAttribute("aria-busy", "true"); // Screen readers wait for the whole of it.
-  show($("answer"));
-  show($("stop"));
+  $("answer-text").setAttribute("aria-busy", "true"); // Screen readers wait for the whole of it.
+  showAnswer("", []);
   let usage = null;
   for await (const chunk of readEvents(answer)) {
     if (chunk.choices.length) $("answer-text").append(chunk.choices[0].delta.content);
@@ -120,9 +131,10 @@ function showUsage(usage, time) {
 // ---- quality
 
 async function measure() {
+  if (state.measuring) return;
   const task = state.task, measuring = state.measuring = new AbortController();
   showError("quality-error", null);
-  $("measure").disabled = true;
+  setBusy("measure", true);
   $("quality-note").textContent = "Measuring…";
   try {
     const found = task.labels.length
@@ -133,7 +145,7 @@ async function measure() {
     if (error.name !== "AbortError") showError("quality-error", error);
   } finally {
     state.measuring = null;
-    $("measure").disabled = false;
+    setBusy("measure", false);
     $("quality-note").textContent = "";
   }
 }
@@ -148,7 +160,13 @@ function showCurve(found, points) {
     return row;
   }));
   show($("curve"));
-  $("plot").replaceChildren(...(points.length > 1 ? [plot(points, $("plot").clientWidth)] : []));
+  state.points = points;
+  drawCurve();
+}
+
+function drawCurve() {
+  const width = $("plot").clientWidth;
+  if (width) $("plot").replaceChildren(...(state.points.length > 1 ? [plot(state.points, width)] : []));
 }
 
 // The curve with its intervals, as wide as its place, so that its text is never scaled; the table beside it says the same.

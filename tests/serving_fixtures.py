@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 
 from manyicl.errors import BudgetError, DeadlineError, OverloadedError, UserInputError
@@ -29,6 +31,7 @@ class FakeBackend:
         calls: Names of the methods called.
         delay: Seconds that each prepare, score and piece takes.
         failure: An error that every call raises.
+        is_alive: Whether what runs the model has not ended.
     """
 
     name = "fake"
@@ -41,6 +44,7 @@ class FakeBackend:
         self.failure: Exception | None = None
         self.num_pieces = 0
         self.is_started = False
+        self.is_alive = True
 
     @property
     def kept(self) -> dict[str, int]:
@@ -151,6 +155,24 @@ class FakeBackend:
 
     def load(self) -> BackendLoad:
         return BackendLoad(2, 1, {1: 3, 4: 5}, {"disk": 7}, 100, 50)
+
+
+def copy_of(spec: TaskSpec) -> TaskSpec:
+    """An equal spec, of other objects."""
+    return replace(spec, examples=tuple(replace(example) for example in spec.examples))
+
+
+def count_comparisons(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
+    """A list that grows by an example each time one is compared with another."""
+    compared: list[Example] = []
+    equal = Example.__eq__
+
+    def note(own: Example, other: object) -> bool:
+        compared.append(own)
+        return equal(own, other)
+
+    monkeypatch.setattr(Example, "__eq__", note)
+    return compared
 
 
 def overloaded(seconds: float) -> OverloadedError:

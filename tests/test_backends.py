@@ -20,6 +20,7 @@ from manyicl.serving import task_prefixes
 from manyicl.serving.backends import BackendLimits, GenerationOptions, TaskSpec
 from manyicl.serving.native_backend import NativeBackend, open_native_engine
 from manyicl.tasks.task import Example
+from serving_fixtures import copy_of, count_comparisons
 
 LABELS = ("odd", "even", "neither of them")
 
@@ -464,6 +465,22 @@ def test_preparing_again_computes_nothing(serve, passes):
 
     serve(scenario)
     assert len(passes.tokens) == 1
+
+
+def test_an_open_task_is_found_without_comparing_its_examples_each_time(serve, monkeypatch):
+    compared = count_comparisons(monkeypatch)
+    spec = spec_of()
+
+    async def scenario(backend):
+        await backend.prepare(copy_of(spec))
+        before = len(compared)
+        for _ in range(3):
+            await backend.score(spec, ["x"])
+        equal = len(compared)
+        assert backend._prefixes.find(replace(spec, examples=(*copy_of(spec).examples, Example("new", "odd")))) is None
+        return equal - before, len(compared) - equal
+
+    assert serve(scenario) == (6, 0)
 
 
 def test_a_restart_opens_prefixes_from_disk(serve, engine, passes):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from manyicl.errors import BudgetError, DeadlineError, OverloadedError
+from manyicl.errors import DeadlineError, OverloadedError
 from manyicl.serving import batching
 from manyicl.serving.batching import Batcher, Group
 
@@ -149,7 +149,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
         with pytest.raises(OverloadedError, match="2 queries are waiting and 2 more were sent; the queue takes 3") as raised:
             await submit(batcher, group, [3, 4])
         assert raised.value.retry_after_seconds == pytest.approx(0.1)  # Nothing measured yet: two queries, 50 ms each.
-        with pytest.raises(BudgetError, match="4 inputs in one call are more than the 3 allowed"):
+        with pytest.raises(OverloadedError, match="2 queries are waiting and 4 more were sent"):
             await submit(batcher, group, [1, 2, 3, 4])
         last = asyncio.create_task(submit(batcher, group, [3]))
         gate.opened.set()
@@ -157,6 +157,42 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
         await batcher.stop()
 
     assert run(scenario).turns == [("first", [0]), ("a", [1, 2]), ("a", [3])]
+
+
+@pytest.mark.parametrize(("max_queue", "max_batch", "part"), [(64, 2, 8), (64, 16, 16), (5, 2, 2), (3, 16, 3)])
+def test_a_call_of_many_items_leaves_room_for_others(max_queue, max_batch, part):
+    async def scenario(gate):
+        batcher = Batcher(max_queue=max_queue, max_batch=max_batch)
+        first = await behind_a_turn(gate, batcher)
+        items = list(range(100))
+        many = asyncio.create_task(submit(batcher, gate.group("a"), items))
+        await settle()
+        assert batcher.num_waiting == part
+        with batcher.admit(max_queue - part):
+            assert batcher.num_waiting == min(max_queue, 2 * part)
+        gate.opened.set()
+        assert await asyncio.gather(first, many) == [["first0"], [f"a{item}" for item in items]]
+        assert batcher.num_waiting == 0
+        await batcher.stop()
+
+    turns = run(scenario).turns[1:]
+    assert [item for _, items in turns for item in items] == list(range(100))
+    assert max(len(items) for _, items in turns) == min(part, max_batch)
+
+
+def test_a_call_in_parts_ends_when_the_service_stops():
+    async def scenario(gate):
+        batcher = Batcher(max_queue=8, max_batch=2)
+        group = gate.group("a")
+        many = asyncio.create_task(submit(batcher, group, list(range(10))))
+        await asyncio.to_thread(gate.began.wait, 10)
+        batcher.close()
+        gate.opened.set()
+        with pytest.raises(OverloadedError, match="the service is stopping"):
+            await many
+        await batcher.stop()
+
+    assert run(scenario).turns == [("a", [0, 1])]
 
 
 def test_the_rate_is_measured():

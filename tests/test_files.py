@@ -33,6 +33,15 @@ def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path: Path) ->
     assert [child.name for child in path.parent.iterdir()] == [path.name]
 
 
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    write_text_atomic(path, "first")
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o640)
+    write_text_atomic(path, "second")
+    assert (path.stat().st_mode & 0o777, path.read_text(encoding="utf-8")) == (0o640, "second")
+
+
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, monkeypatch, name: str) -> None:
     path = tmp_path / "summary.json"

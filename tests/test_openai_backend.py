@@ -9,151 +9,25 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError, DeadlineError, ManyICLError, ModelError, OverloadedError, UserInputError
 from manyicl.label_trie import build_trie
+from manyicl.serving import openai_backend
 from manyicl.serving.backends import BackendLimits, GenerationOptions, TaskSpec
-from manyicl.serving.openai_backend import OpenAIBackend, _plan_requests, open_encoder
-from manyicl.serving.remote_server import MAX_CHOSEN_TOKENS
+from manyicl.serving.openai_backend import OpenAIBackend, open_encoder
+from manyicl.serving.remote_server import MAX_CHOSEN_TOKENS, RemoteServer, plan_requests
 from manyicl.tasks.task import Example
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from openai_fixtures import FakeServer
+from serving_fixtures import copy_of, count_comparisons
 
 LABELS = ("odd", "even", "neither of them", "e")
 SPEC = TaskSpec("a" * 32, tuple(Example(f"number {number}", LABELS[number % 2]) for number in range(6)), LABELS)
-KIND = {"vllm": {"ids", "chosen", "echo", "usage"}, "echo": {"ids", "echo"}, "bare": {"ids"}, "text": set()}
-
-
-class FakeServer:
-    """OpenAI's completions on whole prompts, by plain forward passes.
-
-    Attributes:
-        kind: What it can do, see `KIND`.
-        requests: The body of each request.
-        fail: A status to answer with instead, or None.
-        break_off: End a stream after its first chunk.
-    """
-
-    def __init__(self, loaded, kind):
-        self.loaded, self.can, self.requests, self.fail = loaded, KIND[kind], [], None
-        self.break_off = False
-        self.hold = threading.Event()
-        self.hold.set()
-        self.num_left = 0
-        self.seen = set()
-        self.app = FastAPI()
-        self.app.get("/v1/models")(self.models)
-        self.app.post("/v1/completions")(self.completions)
-
-    async def models(self, request: Request):
-        if request.headers.get("authorization") != "Bearer secret":
-            return JSONResponse({"error": {"message": "no key"}}, status_code=401)
-        sizes = {"max_model_len": 400} if "usage" in self.can else {}
-        return {"data": [{"id": "tiny"} | sizes, {"id": "other"}]}
-
-    async def completions(self, request: Request):
-        body = await request.json()
-        self.requests.append(body)
-        if self.fail:
-            return JSONResponse({"error": {"message": "secret text"}}, status_code=self.fail, headers={"Retry-After": "7"})
-        unknown = {"logprob_token_ids", "return_tokens_as_token_ids", "cache_salt", "stop_token_ids"} & body.keys()
-        given = body["prompt"]
-        if (unknown and "chosen" not in self.can) or (body.get("echo") and "echo" not in self.can):
-            return JSONResponse({"error": {"message": "unknown"}}, status_code=400)
-        if isinstance(given, str):
-            prompts = [self.loaded.tokenizer(given, add_special_tokens=False)["input_ids"]]
-        elif "ids" not in self.can:
-            return JSONResponse({"error": {"message": "text only"}}, status_code=422)
-        else:
-            prompts = given if isinstance(given[0], list) else [given]
-        while not self.hold.is_set():
-            if await request.is_disconnected():
-                self.num_left += 1
-                return JSONResponse({})
-            await asyncio.sleep(0.01)
-        if body.get("stream"):
-            return StreamingResponse(self.stream(body, prompts[0]), media_type="text/event-stream")
-        choices = [self.complete(body, prompt, place) for place, prompt in enumerate(prompts)]
-        return {"choices": choices[::-1], "usage": self.usage(body, prompts)}
-
-    def usage(self, body, prompts):
-        told = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 1}
-        if "usage" in self.can:
-            cached = [self.cached(body.get("cache_salt"), prompt) for prompt in prompts]
-            told["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
-        return told
-
-    def cached(self, salt, prompt):
-        """Tokens in whole blocks of ten that a prompt with the same salt began with before."""
-        fronts = [(salt, tuple(prompt[:stop])) for stop in range(10, len(prompt) + 1, 10)]
-        known = [len(front[1]) for front in fronts if front in self.seen]
-        self.seen.update(fronts)
-        return max(known, default=0)
-
-    @torch.inference_mode()
-    def values(self, prompt):
-        return self.loaded.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].log_softmax(-1)
-
-    def name(self, body, token):
-        return f"token_id:{token}" if body.get("return_tokens_as_token_ids") else self.loaded.tokenizer.decode([token])
-
-    def complete(self, body, prompt, place):
-        values = self.values(prompt)
-        wanted = body.get("logprob_token_ids")
-        best = wanted or values[-1].topk(1).indices.tolist()
-        told = {
-            "tokens": [],
-            "token_logprobs": [float(values[-1].max())],
-            "top_logprobs": [{self.name(body, token): float(values[-1][token]) for token in best}],
-        }
-        if body.get("echo"):
-            before = [None, *(float(values[at, token]) for at, token in enumerate(prompt[1:]))]
-            told["token_logprobs"] = before + told["token_logprobs"]
-        return {"index": place, "text": "x", "logprobs": told, "finish_reason": "length"}
-
-    async def stream(self, body, prompt):
-        def chunk(**fields):
-            return f"data: {json.dumps(fields)}\n\n"
-
-        ids, end = list(prompt), 256
-        sent = ""
-        yield ": a comment, as servers send them to keep a connection\n\n"
-        for number in range(body["max_tokens"]):
-            values = self.values(ids)[-1]
-            token = int(values.argmax())
-            ids.append(token)
-            text = self.loaded.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-            new = "" if text.endswith("\ufffd") else text[len(sent) :]
-            sent += new
-            choice = {"index": 0, "text": new, "finish_reason": None}
-            if body.get("logprobs") is not None:
-                best = values.topk(body["logprobs"] + 1).indices.tolist()
-                choice["logprobs"] = {
-                    "tokens": [self.name(body, token)],
-                    "token_logprobs": [float(values[token])],
-                    "top_logprobs": [{self.name(body, each): float(values[each]) for each in best}],
-                }
-            if token == end or number + 1 == body["max_tokens"]:
-                choice["finish_reason"] = "stop" if token == end else "length"
-            try:
-                yield chunk(choices=[choice])
-                await asyncio.sleep(0)
-            except (asyncio.CancelledError, GeneratorExit):
-                self.num_left += 1
-                raise
-            if self.break_off:
-                return
-            if choice["finish_reason"]:
-                break
-        yield chunk(choices=[], usage=self.usage(body, [prompt]))
-        yield "data: [DONE]\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +127,9 @@ def test_what_the_server_computed_is_told_where_it_says_so(serve, engine):
     assert load.computed_tokens == first.computed_tokens + again.computed_tokens + scored.computed_tokens[0]
     assert load.cached_tokens == prefix.num_tokens
 
+    # A server that cannot be told to keep tasks apart tells of other tasks' tokens too; what it says of them is not passed on.
+    assert [prepared.computed_tokens for prepared in serve("shared", scenario)[:2]] == [prefix.num_tokens] * 2
+
     first, again, scored, load = serve("echo", scenario)
     assert first.computed_tokens == again.computed_tokens == prefix.num_tokens
     labels = engine.encoder.encode_labels(LABELS)
@@ -260,7 +137,7 @@ def test_what_the_server_computed_is_told_where_it_says_so(serve, engine):
     assert load.cached_tokens == 0
 
 
-@pytest.mark.parametrize("kind", ["vllm", "echo", "bare", "text"])
+@pytest.mark.parametrize("kind", ["vllm", "shared", "echo", "bare", "text"])
 def test_answers_are_those_of_the_engine(kind, serve, engine):
     (expected,) = engine.write(engine.prefill(SPEC.examples), ["x"], max_new_tokens=20)
 
@@ -336,7 +213,7 @@ def test_a_server_of_text_tells_tokens_as_text(serve):
 @pytest.mark.parametrize("kind", ["bare", "text"])
 def test_a_server_that_tells_no_log_probabilities_scores_no_labels(kind, serve):
     async def scenario(backend, fake):
-        with pytest.raises(UserInputError, match="so that labels cannot be scored on it"):
+        with pytest.raises(UserInputError, match=r"^the model's server tells .*, so that labels cannot be scored on it"):
             await backend.score(SPEC, ["x"])
         with pytest.raises(UserInputError, match="the task has no labels to score"):
             await backend.score(replace(SPEC, labels=()), ["x"])
@@ -393,6 +270,7 @@ def test_what_the_server_refuses_is_said_without_its_words(status, error, messag
             with pytest.raises(error, match=message) as raised:
                 await call
             assert "secret text" not in str(raised.value)
+            assert ("127.0.0.1" in str(raised.value)) == (status == 500)  # Which reaches no tenant.
             if error is OverloadedError:
                 assert raised.value.retry_after_seconds == 7.0
         assert backend.load().num_running == 0
@@ -419,6 +297,87 @@ def test_a_server_that_is_gone_is_an_error():
         await backend.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_password_in_the_address_is_used_and_not_told():
+    async def scenario():
+        server = RemoteServer("http://me:hidden@127.0.0.1:9/v1/", "tiny")
+        with pytest.raises(ManyICLError, match=r"the server at http://127\.0\.0\.1:9/v1 cannot be reached"):
+            await server.complete({})
+        assert server._client.base_url.password == "hidden"
+        await server.close()
+
+    asyncio.run(scenario())
+
+
+def test_prompts_are_made_when_it_is_their_turn_and_in_requests_of_a_bounded_size(serve, engine, monkeypatch):
+    made = []
+    make = openai_backend._make_prompt
+
+    def note(context, num_tokens, query, more):
+        made.append(query)
+        return make(context, num_tokens, query, more)
+
+    monkeypatch.setattr(openai_backend, "_make_prompt", note)
+    inputs = [f"number {number}" for number in range(9)]
+    columns = len({column for column, _ in build_trie(engine.encoder.encode_labels(LABELS)).edges})
+
+    async def scenario(backend, fake):
+        fake.hold.clear()
+        scoring = asyncio.create_task(backend.score(SPEC, inputs))
+        while len(fake.requests) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        begun = set(made), len(fake.requests)
+        fake.hold.set()
+        whole = await scoring
+        monkeypatch.setattr(openai_backend, "MAX_REQUEST_TOKENS", 2 * len(fake.requests[0]["prompt"][0]) + 60)
+        fake.requests.clear()
+        parts = await backend.score(SPEC, inputs[:1])
+        return begun, whole, parts, [len(request["prompt"]) for request in fake.requests]
+
+    begun, whole, parts, sizes = serve("vllm", scenario, max_batch_queries=2)
+    assert begun == ({engine.encoder.encode_query(text) for text in inputs[:2]}, 2)
+    assert parts.log_probabilities[0] == pytest.approx(whole.log_probabilities[0], abs=1e-5)
+    assert (sum(sizes), max(sizes), len(sizes)) == (columns, 2, (columns + 1) // 2)
+    expected = engine.choose(engine.prefill(SPEC.examples), inputs, [LABELS] * 9)
+    assert list(whole.log_probabilities) == [pytest.approx(own.tolist(), abs=1e-4) for own in expected]
+
+
+def test_who_reads_an_answer_slowly_keeps_no_place(serve):
+    async def scenario(backend, fake):
+        slow = backend.generate(SPEC, "x", GenerationOptions(max_tokens=20))
+        first = await anext(slow)
+        whole = await asyncio.wait_for(write(backend, SPEC, "x", max_tokens=20), 20)
+        assert backend.load().num_running == 0
+        await asyncio.wait_for(backend.stop(), 5)
+        assert text_of([first, *[piece async for piece in slow]]) == text_of(whole)
+
+    serve("vllm", scenario, max_batch_queries=1)
+
+
+def test_the_deadline_is_that_of_the_whole_answer_however_it_is_read(serve, monkeypatch):
+    values = FakeServer.values
+    monkeypatch.setattr(FakeServer, "values", lambda fake, prompt: time.sleep(0.01) or values(fake, prompt))
+
+    async def scenario(backend, fake):
+        pieces = backend.generate(SPEC, "x", GenerationOptions(max_tokens=300), deadline=time.monotonic() + 0.5)
+        await anext(pieces)
+        await asyncio.sleep(0.7)
+        assert backend.load().num_running == 0
+        with pytest.raises(DeadlineError, match="the server has not answered in the time"):
+            text_of([piece async for piece in pieces])
+
+    serve("bare", scenario)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "bare"])
+def test_tokens_are_counted_also_where_chunks_hold_several(kind, serve):
+    async def scenario(backend, fake):
+        fake.tokens_at_once = 3
+        return await write(backend, SPEC, "x", max_tokens=20)
+
+    assert serve(kind, scenario)[-1].num_tokens == 20
 
 
 def test_a_deadline_and_a_caller_who_leaves_end_the_request(serve):
@@ -494,15 +453,33 @@ def test_a_task_that_is_forgotten_or_changed_is_read_anew(serve):
     assert dict(serve("vllm", scenario).opened) == {"computed": 4, "memory": 1}
 
 
+def test_a_context_is_found_without_comparing_its_examples_each_time(serve, monkeypatch):
+    compared = count_comparisons(monkeypatch)
+
+    async def scenario(backend, fake):
+        await backend.prepare(copy_of(SPEC))
+        before = len(compared)
+        for _ in range(3):
+            await backend.prepare(SPEC)
+        equal = len(compared)
+        await backend.prepare(replace(SPEC, examples=(*copy_of(SPEC).examples, Example("new", "odd"))))
+        return equal - before, len(compared) - equal
+
+    assert serve("vllm", scenario) == (6, 0)
+
+
 def test_every_edge_of_a_large_trie_is_asked_for_once_and_no_request_is_too_large():
     labels = [(first, second, 256) for first in range(200) for second in range(first % 3 + 1)]
     trie = build_trie(labels)
-    requests = _plan_requests(trie)
+    requests = plan_requests(trie, 10_000)
     assert max(len(tokens) for _, tokens in requests) == MAX_CHOSEN_TOKENS
     assert all(len(set(columns)) == len(columns) for columns, _ in requests)
     asked = {(column, token) for columns, tokens in requests for column in columns for token in tokens}
     assert set(trie.edges) <= asked
     assert len(requests) <= 5
+    by_three = plan_requests(trie, 3)
+    assert max(len(columns) for columns, _ in by_three) == 3
+    assert set(trie.edges) <= {(column, token) for columns, tokens in by_three for column in columns for token in tokens}
 
 
 def test_the_encoder_has_the_format_of_the_models_rows(tiny_model_folder, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.serving.client import Client
 from manyicl.serving.keys import KeyRing, add_key
 from manyicl.serving.settings import Settings
 from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, plain_file, serving, wait_for
@@ -86,6 +87,9 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, _, error = run_cli(*arguments, "--port", taken.getsockname()[1])
     assert (code, "cannot be listened on" in error, "Give another --host or --port" in error) == (2, True, True)
+    (tmp_path / "file").write_text("in the way")
+    code, _, error = run_cli("serve", "--model", tmp_path / "none", "--data-dir", tmp_path / "file", "--port", "0")
+    assert (code, f"{tmp_path / 'file'}: cannot be written" in error) == (2, True)
     for wrong, message in (
         (("--engine", "other"), "give native, openai or vllm"),
         (("--engine", "openai"), "--base-url goes with --engine openai"),
@@ -106,6 +110,53 @@ def test_a_damaged_folder_is_told(tmp_path: Path, run_cli: RunCli) -> None:
     code, output, error = run_cli(*arguments)
     assert (code, output) == (1, f"file {file_id}: its bytes are gone\n")
     assert f"{data}: 1 problem(s)" in error
+
+
+def test_a_look_at_what_is_no_services_folder_changes_nothing(tmp_path: Path, run_cli: RunCli) -> None:
+    data = tmp_path / "data"
+    arguments = ("serve", "--model", "default", "--data-dir", data, "--check")
+    code, output, error = run_cli(*arguments)
+    assert (code, output, f"{data}: no data folder of a service" in error) == (2, "", True)
+    assert not data.exists()
+    with serving(Settings(data), FakeBackend(tmp_path / "fake")) as address:
+        file_id, _ = Caller(address).make_model()
+    (data / "service.sqlite").unlink()  # As where the database is a PostgreSQL server's.
+    code, output, error = run_cli(*arguments)
+    assert (code, output, "Give the --database-url" in error) == (2, "", True)
+    assert (data / "files" / f"{file_id}.jsonl").read_bytes() == chat_file(TICKETS)
+    assert not (data / "service.sqlite").exists()
+
+
+@pytest.mark.parametrize(("max_queue", "at_once"), [(1024, 64), (8, 8)])
+def test_a_measurement_asks_no_more_at_once_than_may_wait(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, max_queue: int, at_once: int
+) -> None:
+    asked: list[Settings] = []
+    monkeypatch.setattr("manyicl.serving.app.run_server", lambda settings, backend, log_level: asked.append(settings))
+    assert run_cli("serve", "--model", "default", "--data-dir", tmp_path, "--max-queue", max_queue)[0] == 0
+    assert [settings.limits.measured_at_once for settings in asked] == [at_once]
+
+
+def test_every_event_of_a_long_job_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = 0
+
+    def call(client: Client, method: str, path: str, body: object = None) -> object:
+        nonlocal polls
+        if path.endswith("/events?limit=100"):
+            count = 3 * polls
+            return {"data": [{"id": f"e{number}", "message": f"{number}"} for number in range(count, max(0, count - 100), -1)]}
+        if path.startswith("fine_tuning/jobs/"):
+            polls += 1
+            status = "succeeded" if polls == 70 else "running"
+            return {"id": "j", "status": status, "finished_at": None, "error": None}
+        return {"id": "j"}
+
+    monkeypatch.setattr(Client, "call", call)
+    monkeypatch.setattr("manyicl.serving.client._POLL_SECONDS", 0.0)
+    (tmp_path / "t.jsonl").write_bytes(b"{}")
+    told: list[str] = []
+    Client("http://x").make("tickets", tmp_path / "t.jsonl", tell=told.append)
+    assert told == [f"{number}" for number in range(1, 211)]
 
 
 def test_keys_are_made(tmp_path: Path, run_cli: RunCli) -> None:

@@ -77,7 +77,7 @@ def test_a_database_is_brought_up_to_date_once(tmp_path: Path) -> None:
     for _ in range(2):
         engine = open_database(None, tmp_path)
         with writing(engine) as connection:
-            assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0001"
+            assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
         engine.dispose()
 
 

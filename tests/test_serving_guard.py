@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import filelock
 import pytest
 
 from manyicl.errors import ManyICLError, UserInputError
 from manyicl.serving import guard
+from manyicl.serving import keys as keys_module
 from manyicl.serving.app import create_app
 from manyicl.serving.keys import KeyRing, add_key, hash_key, read_keys
 from manyicl.serving.observing import JsonFormatter
@@ -133,7 +135,14 @@ def test_every_address_refuses_another_tenants_names_and_ids(
     tmp_path: Path, address: str, call: Caller, keys: dict[str, str]
 ) -> None:
     file_id, job_id = call.make_model()
-    values = {"file_id": file_id, "job_id": job_id, "model": "tickets", "name": "tickets"}
+    theirs = {"file_id": file_id, "job_id": job_id, "model": "tickets", "name": "tickets"}
+    nobodys = {"file_id": f"file-{'0' * 24}", "job_id": f"ftjob-{'0' * 24}", "model": "unknown", "name": "unknown"}
+
+    def exchange(text: str) -> str:
+        for field, value in theirs.items():
+            text = text.replace(value, nobodys[field])
+        return text
+
     other = Caller(address, keys["other"])
     tried = 0
     for method, template in routes(tmp_path):
@@ -142,10 +151,11 @@ def test_every_address_refuses_another_tenants_names_and_ids(
         body = BODIES.get(template)
         if body and "training_file" in body:
             body = body | {"training_file": file_id}
-        path = template.format(**values)
-        mine, theirs = other(method.upper(), path, body), other(method.upper(), path.replace("tickets", "unknown"), body)
-        assert mine[0] == 404, (method, template, mine)
-        assert error_of(mine)["code"] == error_of(theirs)["code"]
+        asked = [(template.format(**theirs), body), (template.format(**nobodys), json.loads(exchange(json.dumps(body))))]
+        assert asked[0] != asked[1], template
+        found = [other(method.upper(), *each) for each in asked]
+        assert [answer[0] for answer in found] == [404, 404], (method, template, found)
+        assert exchange(json.dumps(error_of(found[0]))) == json.dumps(error_of(found[1])), (method, template)
         tried += 1
     assert tried == 16
     for path in ("/v1/files", "/v1/fine_tuning/jobs"):
@@ -395,6 +405,10 @@ def test_keys_are_hashed_at_rest_and_revoked_by_removing_a_line(tmp_path: Path) 
     assert [ring.find_tenant(key) for key in (first, second)] == [None, "other"]
     path.write_text("broken\n")
     assert ring.find_tenant(second) == "other"
+    path.unlink()
+    assert ring.find_tenant(second) is None
+    path.write_text("broken\n")
+    assert ring.find_tenant(second) is None
     third = hash_key("mi-third")
     path.write_text(f"# kept by hand\n\nacme {third}\n")
     assert [ring.find_tenant(key) for key in (second, "mi-third")] == [None, "acme"]
@@ -419,6 +433,25 @@ def test_a_broken_file_of_keys_is_told_without_showing_it(tmp_path: Path, text: 
     path.unlink()
     with pytest.raises(UserInputError, match="the keys cannot be read"):
         KeyRing(path)
+
+
+def test_a_file_of_keys_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    first = add_key(path, "acme")
+    path.chmod(0o600)
+    second = add_key(path, "acme")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [KeyRing(path).find_tenant(key) for key in (first, second)] == ["acme", "acme"]
+
+
+def test_keys_are_added_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys_module, "_LOCK_SECONDS", 0.05)
+    path = tmp_path / "keys.txt"
+    with filelock.FileLock(f"{path}.lock"), pytest.raises(UserInputError, match="another process has been adding a key"):
+        add_key(path, "acme")
+    assert not path.exists()
+    key = add_key(path, "acme")
+    assert KeyRing(path).find_tenant(key) == "acme"
 
 
 def test_a_tenants_name_is_plain(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class Acknowledged:
     deleted: set[str] = field(default_factory=set)
     jobs: dict[str, str] = field(default_factory=dict)
     models: set[str] = field(default_factory=set)
+    made_of: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
 
@@ -97,7 +98,9 @@ def load(address: str, known: Acknowledged, draw: random.Random, worker: str) ->
 
 
 def make_model(address: str, known: Acknowledged, draw: random.Random, name: str) -> None:
-    content = draw.choice([chat_file, plain_file])(draw.choice([TICKETS, CAPITALS]) * draw.randint(1, 9))
+    pairs = draw.choice([TICKETS, CAPITALS]) * draw.randint(1, 9)
+    content = draw.choice([chat_file, plain_file])(pairs)
+    known.made_of[name] = pairs
     file_id = call(address, "POST", "/v1/files", form=upload_form(content))["id"]
     known.files[file_id] = content
     job = call(address, "POST", "/v1/fine_tuning/jobs", {"training_file": file_id, "model": "base", "suffix": name})
@@ -116,7 +119,8 @@ def append(address: str, known: Acknowledged, name: str) -> None:
     before = call(address, "GET", f"/v1/tasks/{name}")
     assert before["num_examples"] >= known.examples.get(name, 0)
     known.asked[name] = before["num_examples"] + 2
-    new = [{"input": f"new {place}", "answer": (before["labels"] or ["x"])[0]} for place in range(2)]
+    places = range(before["num_examples"], before["num_examples"] + 2)
+    new = [{"input": f"new {place}", "answer": (before["labels"] or ["x"])[0]} for place in places]
     call(address, "POST", f"/v1/tasks/{name}/examples", {"examples": new, "after": before["num_examples"]})
     known.examples[name] = before["num_examples"] + 2
 
@@ -178,6 +182,22 @@ def check_everything(data_dir: Path, known: Acknowledged) -> None:
                 address, "POST", "/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "crash"}]}
             )
             assert answer["choices"][0]["message"]["content"] != ""
+        for name in sorted(offered)[:3]:
+            append(address, known, name)
+    check_examples(data_dir, known, offered)
+
+
+def check_examples(data_dir: Path, known: Acknowledged, offered: set[str]) -> None:
+    """A task has the examples of its file, and behind them those appended, each once and in order."""
+    store = Store(Settings(data_dir))
+    for name in offered:
+        spec, pairs = store.read_spec(store.of("local").task(name)), known.made_of[name]
+        found = [(example.input, example.answer) for example in spec.examples]
+        answer = (spec.labels or ("x",))[0]
+        assert sorted(found[: len(pairs)]) == sorted(pairs)
+        assert found[len(pairs) :] == [(f"new {place}", answer) for place in range(len(pairs), len(found))]
+        assert (len(found) - len(pairs)) % 2 == 0
+    store.close()
 
 
 def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
 """The service through the real `openai` client: its calls work, and its types hold what the service answers."""
 
+import asyncio
+import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -11,8 +16,12 @@ from openai.types.chat import ChatCompletion
 from openai.types.fine_tuning import FineTuningJob
 
 from manyicl.serving.app import create_app
+from manyicl.serving.backends import TaskSpec
+from manyicl.serving.completion_routes import EventStream
+from manyicl.serving.database import FileRow
 from manyicl.serving.keys import add_key
 from manyicl.serving.settings import Settings
+from manyicl.serving.store import Owned
 from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, overloaded, plain_file, serving, wait_for
 
 
@@ -98,6 +107,77 @@ def test_a_file_is_kept_byte_for_byte_and_deleted(client: OpenAI) -> None:
         "param": "id",
         "code": "not_found",
     }
+
+
+def test_no_more_than_four_uploads_are_in_memory_at_once(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, running, go_on = Owned.add_file, [], threading.Event()
+
+    def wait(owned: Owned, name: str, content: bytes) -> FileRow:
+        running.append(content)
+        assert go_on.wait(20)
+        return add(owned, name, content)
+
+    monkeypatch.setattr(Owned, "add_file", wait)
+    with ThreadPoolExecutor(6) as pool:
+        sent = [pool.submit(client.files.create, file=("t.jsonl", b"%d" % number), purpose="fine-tune") for number in range(6)]
+        try:
+            wait_for(lambda: len(running) == 4)
+            time.sleep(0.3)
+            assert len(running) == 4
+        finally:
+            go_on.set()
+        assert sorted(client.files.content(each.result().id).read() for each in sent) == [b"%d" % number for number in range(6)]
+
+
+def test_the_plain_model_has_a_key_for_each_tenant(
+    client: OpenAI, address: str, keys: dict[str, str], backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, asked = backend.generate, []
+
+    def note(spec: TaskSpec, *arguments: Any, **options: Any) -> Any:
+        asked.append(spec.key)
+        return generate(spec, *arguments, **options)
+
+    monkeypatch.setattr(backend, "generate", note)
+    with OpenAI(base_url=f"{address}/v1", api_key=keys["other"], max_retries=0) as other:
+        for each in (client, client, other):
+            each.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}])
+    first, again, others = asked
+    assert first == again != others
+    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in asked)
+
+
+def test_an_empty_or_long_input_is_named_by_its_field(client: OpenAI) -> None:
+    for text in (" ", "x" * 100_001):
+        with pytest.raises(openai.BadRequestError) as chat:
+            client.chat.completions.create(model="base", messages=[{"role": "user", "content": text}])
+        with pytest.raises(openai.BadRequestError) as plain:
+            client.completions.create(model="base", prompt=text)
+        assert (chat.value.param, plain.value.param) == ("messages", "prompt")
+
+
+def test_a_stream_that_nobody_takes_ends_with_what_writes_it() -> None:
+    sent: list[Any] = []
+    ended: list[bool] = []
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            while True:
+                yield "data: x\n\n"
+        finally:
+            ended.append(True)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            await asyncio.Event().wait()  # As a connection does whose other end does not read.
+
+    async def stream() -> None:
+        await asyncio.wait_for(EventStream(events(), end=time.monotonic() + 0.1).stream_response(send), 20)
+
+    asyncio.run(stream())
+    assert [message.get("body") for message in sent] == [None, b"data: x\n\n", b"data: x\n\n"]
+    assert ended == [True]
 
 
 def test_a_deleted_model_is_gone_and_forgotten(client: OpenAI, backend: FakeBackend) -> None:
@@ -315,6 +395,8 @@ def test_overload_and_deadlines_have_their_own_status(client: OpenAI, backend: F
     with pytest.raises(openai.APIStatusError) as late:
         client.chat.completions.create(**question, extra_headers={"X-Timeout-Seconds": "0.01"})  # type: ignore[call-overload]
     assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    assert late.value.response.headers["x-should-retry"] == "false"  # Or the client asks twice more, as long each time.
+    assert "x-should-retry" not in raised.value.response.headers
 
 
 def test_an_error_before_the_first_piece_of_a_stream_has_its_status(client: OpenAI, backend: FakeBackend) -> None:

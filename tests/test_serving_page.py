@@ -4,13 +4,16 @@ import asyncio
 import json
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from manyicl.serving import example_checks
 from manyicl.serving.guard import PAGE_FILES
 from manyicl.serving.keys import add_key
 from manyicl.serving.settings import Limits, Settings
@@ -264,6 +267,36 @@ def test_nothing_of_a_check_is_kept(tmp_path: Path, call: Caller, backend: FakeB
     assert list((tmp_path / "temporary").iterdir()) == []
     assert call("GET", "/v1/files")[1]["data"] == call("GET", "/v1/fine_tuning/jobs")[1]["data"] == []
     assert (backend.calls, backend.kept) == (["plan"], {})
+
+
+def test_more_checks_than_run_at_once_are_refused(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_text, running, go_on = example_checks.check_text_of_examples, [], threading.Event()
+
+    def wait(*arguments: Any) -> example_checks.Checked:
+        running.append(arguments)
+        assert go_on.wait(20)
+        return check_text(*arguments)
+
+    monkeypatch.setattr(example_checks, "check_text_of_examples", wait)
+    body = {"text": text_of(chat_file(TICKETS))}
+    with ThreadPoolExecutor() as pool:
+        first = [pool.submit(call, "POST", "/v1/examples/check", body) for _ in range(2)]
+        try:
+            wait_for(lambda: len(running) == 2)
+            refused = call("POST", "/v1/examples/check", body)
+        finally:
+            go_on.set()
+        assert [each.result()[0] for each in first] == [200, 200]
+    assert (refused[0], error_of(refused)["code"], refused[2]["retry-after"]) == (429, "overloaded", "2")
+    assert check(call, body["text"])["num_examples"] == 6
+
+
+def test_a_check_ends_at_its_deadline(call: Caller, backend: FakeBackend) -> None:
+    backend.delay = 30
+    answer = call("POST", "/v1/examples/check", {"text": text_of(chat_file(TICKETS))}, X_Timeout_Seconds="0.3")
+    assert (answer[0], error_of(answer)["code"]) == (504, "deadline_exceeded")
+    backend.delay = 0
+    assert check(call, text_of(chat_file(TICKETS)))["num_fitting"] == 6
 
 
 def test_requests_that_cannot_be_checked(call: Caller) -> None:

@@ -255,7 +255,8 @@ def test_limits_of_a_tenant_are_its_own(store: Store, owned: Owned) -> None:
 
 def test_a_measurement_that_was_cut_short_leaves_nothing(tmp_path: Path) -> None:
     store = Store(Settings(tmp_path))
-    key = store.of("acme").add_scratch()
+    key = "0" * 32
+    store.of("acme").add_scratch(key)
     store.close()
     again = Store(Settings(tmp_path))
     assert (again.doomed_keys(), again.scratch_keys, again.check()) == ([key], set(), [])

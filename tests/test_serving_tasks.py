@@ -1,15 +1,22 @@
 """Addresses beyond OpenAI's: classification in batches, appending, facts, quality and shot curves."""
 
+import http.client
+import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from manyicl.serving import task_routes
+from manyicl.serving.backends import Scored, TaskSpec
 from manyicl.serving.measuring import fit_temperature, log_loss, split_examples, temper, wilson_interval
+from manyicl.serving.service import Served
 from manyicl.serving.settings import Limits, Settings
 from manyicl.tasks.task import Example
 from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, overloaded, plain_file, serving, wait_for
@@ -54,6 +61,21 @@ def test_inputs_are_classified_with_probabilities(call: Caller) -> None:
     one = call("POST", "/v1/classify", {"model": "tickets", "input": "my invoice", "top_labels": 1})[1]["data"]
     assert [list(entry["probabilities"]) for entry in one] == [["billing"]]
     assert one[0]["probability"] == found["data"][0]["probability"]
+
+
+def test_an_answer_tells_no_more_probabilities_than_allowed(tmp_path: Path, backend: FakeBackend) -> None:
+    with serving(Settings(tmp_path / "data", limits=Limits(max_probabilities=3)), backend) as address:
+        call = Caller(address)
+        make(call, chat_file(TICKETS))
+        question = {"model": "tickets", "input": ["my invoice", "a crash"]}
+        error = error_of(refused := call("POST", "/v1/classify", question))
+        assert (refused[0], error["code"], error["param"]) == (400, "too_many_probabilities", "top_labels")
+        assert error["message"] == (
+            "2 inputs with 2 labels each; at most 3 probabilities are told at once. Send fewer inputs, or give top_labels."
+        )
+        assert "score" not in backend.calls
+        best = call("POST", "/v1/classify", question | {"top_labels": 1})[1]["data"]
+        assert [list(entry["probabilities"]) for entry in best] == [["billing"], ["bug"]]
 
 
 def test_free_text_is_not_classified(call: Caller) -> None:
@@ -139,6 +161,55 @@ def test_an_append_that_fails_changes_nothing(call: Caller, backend: FakeBackend
     assert call("GET", "/v1/tasks/tickets")[1]["num_examples"] == 6
 
 
+def test_an_append_ends_at_its_deadline_and_keeps_nothing_locked(call: Caller, backend: FakeBackend) -> None:
+    make(call, chat_file(TICKETS))
+    new = {"examples": [{"input": "x", "answer": "bug"}]}
+    backend.delay = 30
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(call, "POST", "/v1/tasks/tickets/examples", new, X_Timeout_Seconds="1")
+        wait_for(lambda: "extend" in backend.calls)
+        behind = call("POST", "/v1/tasks/tickets/examples", new, X_Timeout_Seconds="0.1")
+        assert not slow.done()  # The one behind waits for the task no longer than it is given.
+        for late in (behind, slow.result()):
+            assert (late[0], error_of(late)["code"]) == (504, "deadline_exceeded")
+    assert time.monotonic() - started < 5
+    assert (backend.calls.count("extend"), call("GET", "/v1/tasks/tickets")[1]["num_examples"]) == (1, 6)
+    backend.delay = 0
+    assert call("POST", "/v1/tasks/tickets/examples", new)[1]["num_examples"] == 7
+    assert call("DELETE", "/v1/models/tickets")[0] == 200
+
+
+def test_an_append_whose_client_leaves_ends(call: Caller, backend: FakeBackend) -> None:
+    make(call, chat_file(TICKETS))
+    new = json.dumps({"examples": [{"input": "x", "answer": "bug"}]}).encode()
+    backend.delay = 1
+    connection = http.client.HTTPConnection(call.host, call.port)
+    connection.request("POST", "/v1/tasks/tickets/examples", new, {"Content-Type": "application/json"})
+    wait_for(lambda: "extend" in backend.calls)
+    connection.close()
+    time.sleep(1.5)
+    assert call("GET", "/v1/tasks/tickets")[1]["num_examples"] == 6
+
+
+def test_examples_are_not_added_to_another_task_of_the_same_name(
+    call: Caller, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(call, chat_file(TICKETS))
+    find, found = task_routes.find_task, []
+
+    async def find_another(*arguments: Any) -> Served:
+        """As if the task was made again while its lock was waited for."""
+        served = await find(*arguments)
+        found.append(served)
+        return replace(served, spec=replace(served.spec, key=str(len(found)) * 32))
+
+    monkeypatch.setattr(task_routes, "find_task", find_another)
+    answer = call("POST", "/v1/tasks/tickets/examples", {"examples": [{"input": "x", "answer": "bug"}]})
+    assert (answer[0], error_of(answer)["code"], len(found)) == (409, "task_changed", 2)
+    assert "extend" not in backend.calls
+
+
 def many_tickets(count: int) -> bytes:
     draw = random.Random(1)
     return chat_file(
@@ -168,6 +239,27 @@ def test_quality_is_measured_on_held_out_examples(call: Caller, backend: FakeBac
     assert 0 <= found["log_loss"] < 0.01
     wait_for(lambda: len(backend.kept) == 1)
     assert call("POST", "/v1/tasks/tickets/quality", {"seed": 4})[1] == found
+
+
+def test_held_out_examples_are_answered_in_parts(tmp_path: Path) -> None:
+    class Noting(FakeBackend):
+        sizes: tuple[int, ...] = ()
+
+        async def score(self, spec: TaskSpec, inputs: Sequence[str], **options: Any) -> Scored:
+            self.sizes += (len(inputs),)
+            return await super().score(spec, inputs, **options)
+
+    found = []
+    for at_once, sizes in ((64, (10,)), (4, (4, 4, 2))):
+        backend = Noting(tmp_path / f"fake-{at_once}", context_tokens=5000)
+        limits = Limits(measured_at_once=at_once)
+        with serving(Settings(tmp_path / f"data-{at_once}", limits=limits), backend) as address:
+            call = Caller(address)
+            make(call, many_tickets(50))
+            found.append(call("POST", "/v1/tasks/tickets/quality", {"share": 0.2, "seed": 4})[1])
+        assert backend.sizes == sizes
+    assert found[0] == found[1]
+    assert found[0]["num_held_out"] == 10
 
 
 def test_quality_of_free_text_is_token_f1(call: Caller) -> None:

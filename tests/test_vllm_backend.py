@@ -54,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         usage = {"prompt_tokens": len(body["prompt"]), "prompt_tokens_details": {"cached_tokens": 3}}
-        self.answer({"choices": [{"index": 0, "text": "x"}], "usage": usage})
+        told = {"top_logprobs": [{f"token_id:{token}": -1.0 for token in body.get("logprob_token_ids", [])}]}
+        self.answer({"choices": [{"index": 0, "text": "x", "logprobs": told}], "usage": usage})
 
     def log_message(self, *arguments):
         pass

@@ -7,6 +7,7 @@ cannot be written becomes a `StorageError`, and the temporary file is removed.
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,13 +34,14 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` in one step: a temporary file beside it, synced, then renamed.
+    """Write `content` to `path` in one step: a temporary file beside it, synced, then renamed. A file keeps its mode.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; `path` is as it was before.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
         try:
@@ -47,7 +49,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

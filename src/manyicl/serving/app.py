@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -45,7 +45,7 @@ _REFUSALS = {
     415: "The body is compressed or of another kind.",
     429: "Too much is waiting; Retry-After says when to try again.",
     500: "The service failed.",
-    503: "The service is starting or stopping.",
+    503: "The model or the database does not answer, or memory is short.",
     504: "It took longer than was allowed.",
     507: "The service's disk is full.",
 }
@@ -90,20 +90,19 @@ def _build_app(settings: Settings, lifespan: Callable[[FastAPI], AbstractAsyncCo
 
 @asynccontextmanager
 async def run_service(settings: Settings, backend: Backend) -> AsyncIterator[Service]:
-    """A started service: store open, model loaded, unfinished jobs going on; drained and closed after."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    store = await in_thread(Store, settings)
-    try:
+    """A started service: store open, model loaded, unfinished jobs going on; drained and closed after.
+
+    Each part is stopped, also where stopping another fails.
+    """
+    async with AsyncExitStack() as stack:
+        store = await in_thread(Store, settings)
+        stack.push_async_callback(in_thread, store.close)
         await backend.start()
+        stack.push_async_callback(backend.stop)
         runner = JobRunner(store, backend)
         runner.start()
-        try:
-            yield Service(settings, store, backend, runner, Metrics(backend, store.count_jobs))
-        finally:
-            await runner.stop()
-            await backend.stop()
-    finally:
-        await in_thread(store.close)
+        stack.push_async_callback(runner.stop)
+        yield Service(settings, store, backend, runner, Metrics(store.count_jobs))
 
 
 def _add_operation(app: FastAPI) -> None:
@@ -116,9 +115,11 @@ def _add_operation(app: FastAPI) -> None:
 
     @app.get("/readyz", tags=["operation"])
     async def ready(service: ServiceNow) -> Health:
-        """Whether requests are served: the model is loaded and the database answers."""
+        """Whether requests are served: the model is loaded, what runs it has not ended, and the database answers."""
+        if not service.backend.is_alive:
+            raise ApiError(503, "What runs the model has ended. Restart the service.", code="not_ready")
         try:
-            await in_thread(service.store.count_jobs)
+            await in_thread(service.store.ping)
         except SQLAlchemyError as error:
             raise ApiError(503, "The database does not answer.", code="not_ready") from error
         return Health(status="ok")
@@ -131,7 +132,8 @@ def _add_operation(app: FastAPI) -> None:
     )
     async def metrics(service: ServiceNow) -> Response:
         """Numbers for Prometheus."""
-        return Response(await in_thread(service.metrics.show), headers={"Content-Type": _TEXT})
+        load = service.backend.load()  # Here, as it changes on this event loop.
+        return Response(await in_thread(service.metrics.show, load), headers={"Content-Type": _TEXT})
 
 
 def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:

@@ -16,12 +16,16 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from manyicl.errors import UserInputError
+from manyicl.errors import ManyICLError, UserInputError
 from manyicl.tasks.task import Example
 
 MAX_TOP_LOGPROBS = 20
 
 FinishReason = Literal["stop", "length"]
+
+
+class ShortMemoryError(ManyICLError):
+    """Less memory is free than a task takes; nothing is wrong with the request."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class TaskSpec:
     examples: tuple[Example, ...]
     labels: tuple[str, ...] = ()
     instruction: str = ""
+
+
+def equal_specs(held: TaskSpec, spec: TaskSpec) -> bool:
+    """Whether two specs are equal; found at once where they are one, or one has more examples."""
+    return held is spec or (len(held.examples) == len(spec.examples) and held == spec)
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ class BackendLimits:
     """What a backend may hold.
 
     Attributes:
-        max_queue: Queries that may wait; one call may bring as many inputs as that.
+        max_queue: Queries that may wait.
         max_batch_queries: Queries that one pass serves at most.
         max_open_bytes: Memory of prefixes that are held open.
         max_stored_bytes: Disk space of prefixes; those used longest ago make room.
@@ -195,6 +204,10 @@ class Backend(Protocol):
     def context_tokens(self) -> int:
         """Tokens that demonstrations, query and answer may have together; known once started."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether what runs the model is there, as far as this is known without asking it; once started."""
+
     async def start(self) -> None:
         """Load the model.
 
@@ -212,7 +225,8 @@ class Backend(Protocol):
             progress: Told (tokens done, tokens in all) now and then, on the event loop.
 
         Raises:
-            BudgetError: no example fits, or memory is short.
+            BudgetError: no example fits.
+            ShortMemoryError: memory is short.
             StorageError: it cannot be kept.
         """
 

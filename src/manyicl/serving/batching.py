@@ -8,7 +8,8 @@
 
 In: work under the key of its task. Out: its results, awaited. Tasks are served in turn, and within a task its groups; a group is
 work that one pass can do together. One thread computes, since the model is not re-entrant and uses all processors anyway; the
-event loop only hands out. A full queue refuses at once; what is cancelled or too late before its turn is never computed.
+event loop only hands out. A full queue refuses at once; what is cancelled or too late before its turn is never computed. A call
+of many items brings them in parts, so that it leaves room for others.
 """
 
 import asyncio
@@ -20,11 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from manyicl.errors import BudgetError, DeadlineError, OverloadedError
+from manyicl.errors import DeadlineError, OverloadedError
 
 RETRY_WHEN_STOPPING_SECONDS = 5.0
 FIRST_GUESS_SECONDS = 0.05
 SMOOTHING = 0.2
+# One call takes one place in so many of the queue at most, but always those of one turn.
+PLACES_PER_CALL = 8
 # Callers who have their answers send their next queries one by one: those of the last turn are awaited for a moment, so that they
 # share the next turn too. A pass over half of them costs more than half.
 LINGER_SHARE = 0.1
@@ -87,6 +90,7 @@ class Batcher:
         self.num_waiting = 0
         self.num_running = 0
         self.batch_sizes: Counter[int] = Counter()
+        self._max_part = min(max_queue, max(max_batch, max_queue // PLACES_PER_CALL))
         self._queues: dict[str, dict[Group[Any, Any], deque[_Waiting]]] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="manyicl-model")
         self._has_work = asyncio.Event()
@@ -100,17 +104,14 @@ class Batcher:
         return self._seconds_per_item * max(1, self.num_waiting)
 
     def check_room(self, num_items: int) -> None:
-        """Refuse items for which there is no room.
+        """Refuse items of which the first part finds no room.
 
         Raises:
-            OverloadedError: there will be, later.
-            BudgetError: there never will be.
+            OverloadedError: there will be, later; or the batcher has been closed.
         """
         if self._is_closed:
             raise stopping()
-        if num_items > self.max_queue:
-            raise BudgetError(f"{num_items} inputs in one call are more than the {self.max_queue} allowed. Send them in parts.")
-        if self.num_waiting + num_items > self.max_queue:
+        if self.num_waiting + min(num_items, self._max_part) > self.max_queue:
             raise OverloadedError(
                 f"{self.num_waiting} queries are waiting and {num_items} more were sent; the queue takes {self.max_queue}. "
                 f"Try again in {self.retry_after_seconds:.1f} s.",
@@ -119,12 +120,13 @@ class Batcher:
 
     @contextlib.contextmanager
     def admit(self, num_items: int) -> Iterator[None]:
-        """Let items count as waiting while they are made ready.
+        """Let the first part of items count as waiting while they are made ready.
 
         Raises:
-            OverloadedError, BudgetError: see `check_room`.
+            OverloadedError: see `check_room`.
         """
         self.check_room(num_items)
+        num_items = min(num_items, self._max_part)
         self.num_waiting += num_items
         try:
             yield
@@ -132,7 +134,7 @@ class Batcher:
             self.num_waiting -= num_items
 
     async def submit(self, work: Sequence[tuple[Group[Item, Result], Item]], *, deadline: float | None = None) -> list[Result]:
-        """Results of items, each of which shares its turn with others of its group.
+        """Results of items, each of which shares its turn with others of its group; a part after the other where they are many.
 
         Args:
             deadline: A time of `time.monotonic()`.
@@ -142,7 +144,12 @@ class Batcher:
             DeadlineError: the deadline has passed; what was still waiting is not computed.
         """
         self.check_room(len(work))
-        return await self._wait(work, deadline, is_counted=True)
+        results: list[Result] = []
+        for first in range(0, len(work), self._max_part):
+            if self._is_closed:
+                raise stopping()
+            results += await self._wait(work[first : first + self._max_part], deadline, is_counted=True)
+        return results
 
     async def compute(self, key: str, function: Callable[[], Result]) -> Result:
         """The result of one step of work that has been admitted already: it is never refused, and takes a turn of its own."""

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ class Client:
             raise UserInputError(f"{file}: cannot be read ({error.strerror}).") from error
         uploaded = self.call("POST", "files", _form(file.name, content))
         job = self.call("POST", "fine_tuning/jobs", {"training_file": uploaded["id"], "suffix": name, "seed": seed})
-        told = 0
+        told: str | None = None
         while True:
             job = self.call("GET", f"fine_tuning/jobs/{job['id']}")
-            events = self.call("GET", f"fine_tuning/jobs/{job['id']}/events?limit=100")["data"][::-1]
-            for event in events[told:]:
+            events = self.call("GET", f"fine_tuning/jobs/{job['id']}/events?limit=100")["data"]
+            for event in _pick_new(events, told):
                 tell(event["message"])
-            told = len(events)
+            told = events[0]["id"]
             if job["status"] == "succeeded":
                 return self.show(name)
             if job["finished_at"]:
@@ -106,6 +107,11 @@ class Client:
     def delete(self, name: str) -> None:
         """Delete a task."""
         self.call("DELETE", f"models/{_quote(name)}")
+
+
+def _pick_new(events: list[dict[str, Any]], told: str | None) -> list[dict[str, Any]]:
+    """Those of a job's events, newest first, that came after one that was told; oldest first."""
+    return [*takewhile(lambda event: event["id"] != told, events)][::-1]
 
 
 def _quote(name: str) -> str:

@@ -56,6 +56,7 @@ def serve(
     check: Annotated[bool, typer.Option("--check", help="Check that the data folder is whole, and stop.")] = False,
 ) -> None:
     """Serve a model over HTTP: post examples, get a named model in seconds, call it from any OpenAI client."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # It tells of its plugins while it is imported.
     if format not in (None, "plain", "chat"):
         raise UserInputError(f"--format {format!r}: give plain or chat.")
     try:

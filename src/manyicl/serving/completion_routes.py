@@ -4,12 +4,14 @@ The `model` is the name of a task. A task with labels answers with its best labe
 above 0 draws a label by its probability. A task of free text writes. Inputs are read as training files are.
 """
 
+import asyncio
 import itertools
 import json
+import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Send
 
 from manyicl.serving.backends import FinishReason, GenerationOptions, Piece, TokenLogprob
 from manyicl.serving.errors import ApiError, error_response
@@ -38,8 +41,11 @@ from manyicl.serving.schemas import (
 )
 from manyicl.serving.service import Deadline, OwnedNow, Served, Service, ServiceNow, find_served, while_connected
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter(prefix="/v1", tags=["openai"])
 
+_GRACE_SECONDS = 5.0  # In which a reader takes what was written by the deadline, or that it has passed.
 _LOWEST = -9999.0  # What OpenAI writes for minus infinity, which JSON has not.
 _EVENT = {
     "type": "object",
@@ -99,6 +105,24 @@ class Question:
     deadline: float
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events. A reader who has not taken them at the end, a time of `time.monotonic()`, is cut off."""
+
+    def __init__(self, events: AsyncGenerator[str, None], *, end: float) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events = events
+        self._end = end
+
+    async def stream_response(self, send: Send) -> None:
+        """Send them; what writes them ends with it."""
+        async with aclosing(self._events):
+            try:
+                async with asyncio.timeout(self._end - time.monotonic()):
+                    await super().stream_response(send)
+            except TimeoutError:
+                logger.warning("the reader of a stream did not take it in time")
+
+
 @dataclass(frozen=True)
 class StreamForm:
     """How an answer is streamed: what stands in each chunk, its choice, which takes the piece into the answer, and the usage."""
@@ -156,18 +180,21 @@ def read_options(body: Sampling, *, max_tokens: int | None, top_logprobs: int | 
     return GenerationOptions(max_tokens, body.temperature or 0.0, seed, body.stop_texts(), top_logprobs)
 
 
-def check_question(question: Question, service: Service) -> None:
+def check_question(question: Question, service: Service, *, param: str) -> None:
     """Refuse an input that no task takes.
+
+    Args:
+        param: The field that it came in.
 
     Raises:
         ApiError: it is empty or too long.
     """
     length = len(question.input)
     if not length:
-        raise ApiError(400, "The input is empty.", code="invalid_value", param="messages")
+        raise ApiError(400, "The input is empty.", code="invalid_value", param=param)
     if length > service.limits.max_text_chars:
         message = f"The input has {length} characters; at most {service.limits.max_text_chars} are taken."
-        raise ApiError(400, message, code="invalid_value", param="messages")
+        raise ApiError(400, message, code="invalid_value", param=param)
 
 
 async def answer_pieces(question: Question, service: Service) -> AsyncGenerator[Piece, None]:
@@ -234,7 +261,7 @@ async def stream_answer(question: Question, service: Service, form: StreamForm) 
         await pieces.aclose()
         raise
 
-    async def events() -> AsyncIterator[str]:
+    async def events() -> AsyncGenerator[str, None]:
         answer = Answer()
         empty = {"usage": None} if form.wants_usage else {}
         try:
@@ -248,7 +275,7 @@ async def stream_answer(question: Question, service: Service, form: StreamForm) 
             yield _event(json.loads(bytes(error_response(error).body)))
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return EventStream(events(), end=question.deadline + _GRACE_SECONDS)
 
 
 def _event(content: Any) -> str:
@@ -274,7 +301,7 @@ async def complete_chat(
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = read_options(body, max_tokens=max_tokens, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     question = Question(request, served, read_input(body, served), options, deadline)
-    check_question(question, service)
+    check_question(question, service, param="messages")
     head = _head("chatcmpl", body.model)
     if body.stream:
 
@@ -304,7 +331,7 @@ async def complete(
     served = await find_served(service, owned, body.model)
     options = read_options(body, max_tokens=body.max_tokens, top_logprobs=body.logprobs)
     question = Question(request, served, body.text(), options, deadline)
-    check_question(question, service)
+    check_question(question, service, param="prompt")
     head = _head("cmpl", body.model)
     if body.stream:
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -35,12 +37,21 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from manyicl.errors import UserInputError
 
+SQLITE_FILE = "service.sqlite"
+
 _BUSY_SECONDS = 30
 _WRITES = "manyicl_writes"
 
 
 class Base(DeclarativeBase):
     """The tables."""
+
+
+class IdentityRow(Base):
+    """Whose database this is: one row, whose id stands in the data folder too."""
+
+    __tablename__ = "identity"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
 class FileRow(Base):
@@ -122,17 +133,18 @@ class JobEventRow(Base):
     created_at: Mapped[int] = mapped_column(BigInteger)
 
 
-def open_database(url: str | None, folder: Path) -> Engine:
+def open_database(url: str | None, folder: Path, *, is_changed: bool = True) -> Engine:
     """A database whose tables are as this version wants them; made, or brought up to date, where they are not.
 
     Args:
         url: Of PostgreSQL; None takes SQLite in `folder`.
+        is_changed: Make and update tables; otherwise they have to be there, up to date.
 
     Raises:
         UserInputError: it cannot be reached or opened.
     """
     try:
-        address = make_url(url) if url else make_url(f"sqlite:///{folder / 'service.sqlite'}")
+        address = make_url(url) if url else make_url(f"sqlite:///{folder / SQLITE_FILE}")
         if address.get_backend_name() == "sqlite":
             engine = create_engine(address, connect_args={"timeout": _BUSY_SECONDS})
             event.listen(engine, "connect", _set_up_sqlite)
@@ -140,8 +152,8 @@ def open_database(url: str | None, folder: Path) -> Engine:
         else:
             engine = create_engine(address, pool_pre_ping=True)
         try:
-            with writing(engine) as connection:
-                migrate(connection)
+            with writing(engine) if is_changed else engine.connect() as connection:
+                (migrate if is_changed else _require_current)(connection)
         except BaseException:
             engine.dispose()
             raise
@@ -157,10 +169,24 @@ def open_database(url: str | None, folder: Path) -> Engine:
 
 def migrate(connection: Connection) -> None:
     """Bring the tables up to date, in the transaction of `connection`."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config = _migrations()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+
+
+def _require_current(connection: Connection) -> None:
+    newest = ScriptDirectory.from_config(_migrations()).get_current_head()
+    found = MigrationContext.configure(connection).get_current_revision()
+    if found != newest:
+        raise UserInputError(
+            f"the database's tables are those of version {found or 0}, not {newest}. Start the service once, which updates them."
+        )
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return config
 
 
 def writing(engine: Engine) -> Any:

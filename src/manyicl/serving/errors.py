@@ -6,6 +6,7 @@ Nothing of a request stands in the log, and nothing of this service's inside sta
 import errno
 import logging
 import math
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from manyicl.errors import DeadlineError, ManyICLError, OverloadedError, StorageError, UserInputError
+from manyicl.serving.backends import ShortMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +67,33 @@ def not_found(kind: str, name: str) -> ApiError:
     return ApiError(404, f"No such {kind}: {name}", code="not_found", param="id")
 
 
+def find_errno(error: BaseException) -> int | None:
+    """The number of the system's error behind another, where there is one."""
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError):
+        return cause.errno
+    found = re.search(r"os error (\d+)", str(cause))  # As safetensors says it.
+    return int(found[1]) if found else None
+
+
+def has_no_space(error: StorageError) -> bool:
+    """Whether a disk or a limit is full; otherwise a folder cannot be written, which does not pass by itself."""
+    number = find_errno(error)
+    return number is None or number in _FULL
+
+
 def error_response(error: Exception) -> JSONResponse:
     """The answer to an error; one that was not foreseen is logged without its message, which may hold a user's text."""
     known = _translate(error)
     if known is None:
         frames = "".join(traceback.format_tb(error.__traceback__)[-12:])
-        logger.error("%s in a request", type(error).__name__, extra={"traceback": frames})
+        logger.error("%s in a request", type(error).__name__, extra={"traceback": frames, "errno": find_errno(error)})
         known = ApiError(500, "The service failed at this request. It was logged; try again later.", code="internal_error")
     kind = _TYPES.get(known.status, "invalid_request_error" if known.status < 500 else "server_error")
     content = {"error": {"message": str(known), "type": kind, "param": known.param, "code": known.code}}
-    return JSONResponse(content, known.status, known.headers)
+    # OpenAI's clients would send the same request again, which is refused again, or computed again for as long.
+    retry = {"x-should-retry": "false"} if known.status in (409, 504) else {}
+    return JSONResponse(content, known.status, known.headers | retry)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -104,9 +123,13 @@ def _translate(error: Exception) -> ApiError | None:
         case DeadlineError():
             return ApiError(504, str(error), code="deadline_exceeded")
         case StorageError():
-            return _full()
+            return _full(error) if has_no_space(error) else None
         case UserInputError():
             return ApiError(400, str(error), code="invalid_value")
+        case ShortMemoryError():
+            logger.error("%s in a request", type(error).__name__)
+            message = "The service has too little memory for this at the moment. Send fewer examples, or try again later."
+            return ApiError(503, message, code="out_of_memory")
         case ManyICLError():
             logger.error("%s in a request", type(error).__name__)
             return ApiError(503, "The model does not answer at the moment. Try again later.", code="model_unavailable")
@@ -117,13 +140,14 @@ def _translate(error: Exception) -> ApiError | None:
         case DataError() | UnicodeEncodeError():  # A NUL or half a character where a name is looked up.
             return ApiError(400, "A name or text holds a character that cannot be stored.", code="invalid_value")
         case OperationalError() if "full" in str(error.orig).lower():
-            return _full()
+            return _full(error)
         case OSError() if error.errno in _FULL:
-            return _full()
+            return _full(error)
     return None
 
 
-def _full() -> ApiError:
+def _full(error: Exception) -> ApiError:
+    logger.error("%s in a request: no space is left", type(error).__name__, extra={"errno": find_errno(error)})
     return ApiError(
         507, "The service has no space left to keep this. Nothing of it was kept; try again later.", code="storage_full"
     )

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 
-from manyicl.errors import TaskError, UserInputError
+from manyicl.errors import OverloadedError, TaskError, UserInputError
 from manyicl.serving.backends import Backend, TaskSpec
 from manyicl.serving.errors import ApiError
 from manyicl.serving.schemas import Request
-from manyicl.serving.service import OwnedNow, ServiceNow, in_thread
+from manyicl.serving.service import Deadline, OwnedNow, ServiceNow, until, while_connected
 from manyicl.serving.settings import Limits
-from manyicl.serving.training_files import TrainingFile, infer_labels, read_training_file, shuffle_examples
+from manyicl.serving.threads import run_whole
+from manyicl.serving.training_files import TrainingFile, find_lone_answer, infer_labels, read_training_file, shuffle_examples
 from manyicl.tasks.checks import check_task
 from manyicl.tasks.tables import RowError
 from manyicl.tasks.task import Example, Task
@@ -30,7 +32,7 @@ router = APIRouter(prefix="/v1", tags=["tasks"])
 _FILE = "examples.jsonl"
 _MAX_PROBLEMS = 200
 _MAX_LABEL_COUNTS = 1000
-_LABELLED_SHARE = 0.8
+_RETRY_SECONDS = 2.0
 
 Severity = Literal["error", "warning"]
 
@@ -141,14 +143,9 @@ def _find_labels(examples: Sequence[Example], given: Sequence[str] | None, probl
         return tuple(sorted(answers))
     if labels:
         return labels
-    recurring = {answer: count for answer, count in answers.items() if count > 1}
-    single = [example for example in examples if answers[example.answer] == 1]
-    if single and sum(recurring.values()) >= _LABELLED_SHARE * len(examples):
-        message = (
-            f"the answer {single[0].answer!r} stands once only, as {len(single)} of {len(answers)} answers do, so that all are "
-            "read as free text. If they are labels, correct it, add an example of it, or list the labels"
-        )
-        problems.append(_problem("warning", "free text or labels", message, single[0].source))
+    lone = find_lone_answer(examples)
+    if lone is not None:
+        problems.append(_problem("warning", "free text or labels", lone[1], lone[0].source))
     return ()
 
 
@@ -171,13 +168,27 @@ async def plan_examples(checked: Checked, backend: Backend) -> tuple[int, int]:
 
 
 @router.post("/examples/check")
-async def check_examples(body: ExamplesToCheck, owned: OwnedNow, service: ServiceNow) -> ExamplesCheck:
+async def check_examples(
+    request: HttpRequest, body: ExamplesToCheck, owned: OwnedNow, service: ServiceNow, deadline: Deadline
+) -> ExamplesCheck:
     """What a job would make of examples, and what is wrong with them, before they are posted."""
     labels = None if body.labels is None else tuple(dict.fromkeys(label.strip() for label in body.labels))
     if labels and ("" in labels or len(labels) == 1):
         raise ApiError(400, "Give two labels or more, none of them empty.", code="invalid_value", param="labels")
-    checked = await in_thread(check_text_of_examples, body.text, labels, service.limits)
-    num_fitting, prefix_tokens = await plan_examples(checked, service.backend)
+    if service.checks.locked():
+        message = "As many examples as can be at once are being checked. Try again in a moment."
+        raise OverloadedError(message, retry_after_seconds=_RETRY_SECONDS)
+
+    async def check() -> ExamplesCheck:
+        async with service.checks:
+            checked = await run_whole(check_text_of_examples, body.text, labels, service.limits)
+            num_fitting, prefix_tokens = await plan_examples(checked, service.backend)
+        return _show_check(checked, num_fitting, prefix_tokens, service.backend.context_tokens)
+
+    return await while_connected(request, until(deadline, check()))
+
+
+def _show_check(checked: Checked, num_fitting: int, prefix_tokens: int, context_tokens: int) -> ExamplesCheck:
     problems = sorted(checked.problems, key=lambda problem: (problem.severity, problem.line or 0))
     num_errors = sum(problem.severity == "error" for problem in problems)
     return ExamplesCheck(
@@ -190,7 +201,7 @@ async def check_examples(body: ExamplesToCheck, owned: OwnedNow, service: Servic
         labels=_count_labels(checked.training.examples, checked.labels),
         num_fitting=num_fitting,
         prefix_tokens=prefix_tokens,
-        context_tokens=service.backend.context_tokens,
+        context_tokens=context_tokens,
     )
 
 

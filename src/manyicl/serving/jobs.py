@@ -4,24 +4,28 @@
                       ├──► failed         the task is removed; the error names the file and line
                       └──► cancelled      by its owner, also while queued
 
-A job that a killed service was running is queued again at the next start, and what the backend kept of it is found again.
-Tenants take turns: the next job is that of the tenant who was served longest ago.
+A job that a killed service was running is queued again at the next start, and what the backend kept of it is found again. While
+the backend is away, a job waits for it. Tenants take turns: the next job is that of the tenant who was served longest ago.
+Deleted tasks are removed beside the jobs, so that none of them waits for a long one.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from manyicl.errors import ManyICLError, OverloadedError, StorageError, UserInputError
-from manyicl.serving.backends import Backend, Prepared, TaskSpec
+from manyicl.serving.backends import Backend, Prepared, ShortMemoryError, TaskSpec
 from manyicl.serving.database import JobRow, TaskRow
+from manyicl.serving.errors import find_errno, has_no_space
 from manyicl.serving.store import Store, add_examples, end_job, new_event, set_prepared
-from manyicl.serving.training_files import check_labels, infer_labels, read_training_file, shuffle_examples
+from manyicl.serving.threads import run_whole
+from manyicl.serving.training_files import check_labels, find_lone_answer, infer_labels, read_training_file, shuffle_examples
 from manyicl.tasks.task import Example
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,9 @@ logger = logging.getLogger(__name__)
 _PROGRESS_SECONDS = 2.0
 _SHOWN_LEFT_OUT = 5
 _MAX_ATTEMPTS = 10
+_FIRST_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 60.0
+_PATIENCE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,18 @@ class JobQueue:
         labels = None if job.labels is None else tuple(job.labels)
         return _Claim(job.number, job.id, job.tenant, job.task_key, job.file_id, job.seed, labels)
 
-    def read(self, claim: _Claim) -> TaskSpec:
-        """The task that a job makes: its file read and its examples kept.
+    def read(self, claim: _Claim) -> TaskSpec | None:
+        """The task that a job makes: its file read and its examples kept; None where the job was cancelled meanwhile.
 
         Raises:
             UserInputError: the file was deleted, or cannot be used.
         """
         with self._store.reading() as session:
-            task = session.scalar(select(TaskRow).where(TaskRow.key == claim.task_key))
-            if task is not None and task.num_examples:  # Kept before the service was killed.
-                return self._store.read_spec(task)
+            task = session.scalar(_preparing(claim))
+        if task is None:
+            return None
+        if task.num_examples:  # Kept before the service was killed.
+            return self._store.read_spec(task)
         owned = self._store.of(claim.tenant)
         try:
             row = owned.file(claim.file_id)
@@ -108,10 +117,15 @@ class JobQueue:
         examples = shuffle_examples(training.examples, seed=claim.seed)
         examples = tuple(Example(example.input, example.answer) for example in examples)
         with self._store.writing() as session:
-            task = session.scalar(select(TaskRow).where(TaskRow.key == claim.task_key, TaskRow.state == "preparing"))
-            if task is not None:  # None: cancelled meanwhile, which the caller is told of by other means.
-                add_examples(session, task, examples, start=0)
-                task.num_examples, task.labels, task.instruction = len(examples), list(labels), training.instruction
+            task = session.scalar(_preparing(claim))
+            if task is None:
+                return None
+            add_examples(session, task, examples, start=0)
+            task.num_examples, task.labels, task.instruction = len(examples), list(labels), training.instruction
+        lone = None if labels or claim.labels is not None else find_lone_answer(training.examples)
+        if lone is not None:
+            line = lone[0].source.rpartition(":")[2]
+            self.note(claim, f"{row.name}: line {line}: {lone[1]} in the job's `labels`.", level="warn")
         return TaskSpec(claim.task_key, examples, tuple(labels), training.instruction)
 
     def note(self, claim: _Claim, message: str, *, level: str = "info") -> None:
@@ -152,6 +166,10 @@ class JobQueue:
         return session.scalar(query.with_for_update())
 
 
+def _preparing(claim: _Claim) -> Select[TaskRow]:
+    return select(TaskRow).where(TaskRow.key == claim.task_key, TaskRow.state == "preparing")
+
+
 def describe_left_out(prepared: Prepared) -> str:
     """A sentence on the examples that are not in the context."""
     shown = "; ".join(f"example {position}: {reason}" for position, reason in prepared.left_out[:_SHOWN_LEFT_OUT])
@@ -162,7 +180,7 @@ def describe_left_out(prepared: Prepared) -> str:
 
 
 class JobRunner:
-    """Runs jobs one after another, beside the service's requests.
+    """Runs jobs one after another, beside the service's requests, and removes deleted tasks beside them.
 
     Args:
         store: Where the jobs stand.
@@ -173,26 +191,30 @@ class JobRunner:
         self.queue = JobQueue(store)
         self._store = store
         self._backend = backend
-        self._arrived = asyncio.Event()
+        self._has_jobs = asyncio.Event()
+        self._has_doomed = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._loop: asyncio.Task[None] | None = None
+        self._notes: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Go on with what was unfinished: jobs, and the removal of deleted tasks."""
-        self._arrived.set()
-        self._loop = asyncio.create_task(self._run())
+        self.wake()
+        work = ((self._has_jobs, self._run_queued), (self._has_doomed, self._forget_doomed))
+        self._loops = [asyncio.create_task(self._repeat(*each)) for each in work]
 
     async def stop(self) -> None:
-        """Stop at once; a job that runs is queued again."""
-        tasks = [task for task in (self._loop, *self._running.values()) if task is not None]
+        """Stop at once; a job that runs is queued again. Nothing is written after this."""
+        tasks = [*self._loops, *self._running.values(), *self._notes]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.to_thread(self.queue.requeue, is_orderly=True)
+        await run_whole(self.queue.requeue, is_orderly=True)
 
     def wake(self) -> None:
         """There is a new job, or something to remove."""
-        self._arrived.set()
+        self._has_jobs.set()
+        self._has_doomed.set()
 
     def cancel(self, job_id: str) -> None:
         """Stop computing a job that was cancelled."""
@@ -200,20 +222,23 @@ class JobRunner:
             self._running[job_id].cancel()
         self.wake()
 
-    async def _run(self) -> None:
+    async def _repeat(self, is_wanted: asyncio.Event, work: Callable[[], Awaitable[None]]) -> None:
+        """Work whenever it is wanted; what fails is tried again."""
         while True:
-            await self._arrived.wait()
-            self._arrived.clear()
+            await is_wanted.wait()
+            is_wanted.clear()
             try:
-                await asyncio.to_thread(self.queue.requeue)
-                await self._forget_doomed()
-                while (claim := await asyncio.to_thread(self.queue.claim)) is not None:
-                    await self._do_claimed(claim)
-                    await self._forget_doomed()
+                await work()
             except Exception as error:  # A full disk, a database that is away: try again later rather than never.
                 logger.error("%s while jobs are run; trying again", type(error).__name__)
                 await asyncio.sleep(_PROGRESS_SECONDS)
-                self._arrived.set()
+                is_wanted.set()
+
+    async def _run_queued(self) -> None:
+        await run_whole(self.queue.requeue)
+        while (claim := await run_whole(self.queue.claim)) is not None:
+            await self._do_claimed(claim)
+            self._has_doomed.set()
 
     async def _do_claimed(self, claim: _Claim) -> None:
         """Run a job where its owner can cancel it without stopping this loop."""
@@ -224,35 +249,58 @@ class JobRunner:
             running.result()
 
     async def _forget_doomed(self) -> None:
-        for key in await asyncio.to_thread(self._store.doomed_keys):
+        for key in await run_whole(self._store.doomed_keys):
             if key not in self._store.scratch_keys:
                 await self._backend.forget(key)
-                await asyncio.to_thread(self._store.remove_task, key)
+                await run_whole(self._store.remove_task, key)
 
     async def _do(self, claim: _Claim) -> None:
         """One job, from its file to its model."""
+        code, message = "internal_error", "The service failed at this job. It was logged; try again later."
         try:
-            spec = await asyncio.to_thread(self.queue.read, claim)
+            spec = await run_whole(self.queue.read, claim)
+            if spec is None:
+                return
             kind = f"{len(spec.labels)} labels" if spec.labels else "free text"
-            await asyncio.to_thread(self.queue.note, claim, f"{len(spec.examples)} examples read; {kind}.")
+            await run_whole(self.queue.note, claim, f"{len(spec.examples)} examples read; {kind}.")
             prepared = await self._prepare(claim, spec)
-            await asyncio.to_thread(self.queue.finish, claim, prepared)
-        except StorageError:
-            await asyncio.to_thread(self.queue.fail, claim, "The service has no space left for this model.", code="storage_full")
+            await run_whole(self.queue.finish, claim, prepared)
+            return
+        except StorageError as error:
+            self._log(claim, error)
+            if has_no_space(error):
+                code, message = "storage_full", "The service has no space left for this model."
         except UserInputError as error:
-            await asyncio.to_thread(self.queue.fail, claim, str(error), code="invalid_training_file")
+            code, message = "invalid_training_file", str(error)
+        except ShortMemoryError as error:
+            self._log(claim, error)
+            code, message = "out_of_memory", "The service has too little memory for this model. Send less, or try again later."
+        except ManyICLError as error:
+            self._log(claim, error)
+            code, message = "model_unavailable", "The model did not answer for too long. Try again later."
         except Exception as error:
-            logger.error("%s in a job", type(error).__name__, extra={"job": claim.id})
-            message = "The service failed at this job. It was logged; try again later."
-            await asyncio.to_thread(self.queue.fail, claim, message, code="internal_error")
+            self._log(claim, error)
+        await run_whole(self.queue.fail, claim, message, code=code)
+
+    def _log(self, claim: _Claim, error: Exception) -> None:
+        logger.error("%s in a job", type(error).__name__, extra={"job": claim.id, "errno": find_errno(error)})
 
     async def _prepare(self, claim: _Claim, spec: TaskSpec) -> Prepared:
-        """What came of the examples; waits for as long as the backend is busy."""
+        """What came of the examples; a backend that is busy or away is asked again and again, as long as patience lasts."""
+        end, wait = time.monotonic() + _PATIENCE_SECONDS, _FIRST_WAIT_SECONDS
         while True:
             try:
                 return await self._backend.prepare(spec, progress=self._progress(claim))
-            except OverloadedError as error:
-                await asyncio.sleep(error.retry_after_seconds)
+            except (UserInputError, ShortMemoryError):
+                raise
+            except ManyICLError as error:
+                if time.monotonic() > end:
+                    raise
+                if wait == _FIRST_WAIT_SECONDS:
+                    await run_whole(self.queue.note, claim, "The model does not answer; it is asked again.", level="warn")
+                asked = error.retry_after_seconds if isinstance(error, OverloadedError) else 0.0
+            await asyncio.sleep(min(max(wait, asked), _LONGEST_WAIT_SECONDS))
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
     def _progress(self, claim: _Claim) -> Callable[[int, int], None]:
         """A function that notes how far a prefill is, now and then."""
@@ -262,7 +310,14 @@ class JobRunner:
             nonlocal noted
             if done < total and time.monotonic() - noted > _PROGRESS_SECONDS:
                 noted = time.monotonic()
-                message = f"{done} of {total} tokens computed."
-                asyncio.get_running_loop().run_in_executor(None, self.queue.note, claim, message)
+                noting = asyncio.create_task(self._note(claim, f"{done} of {total} tokens computed."))
+                self._notes.add(noting)
+                noting.add_done_callback(self._notes.discard)
 
         return note
+
+    async def _note(self, claim: _Claim, message: str) -> None:
+        try:
+            await run_whole(self.queue.note, claim, message)
+        except SQLAlchemyError as error:  # The job itself is none the worse.
+            logger.warning("%s while progress is noted", type(error).__name__)

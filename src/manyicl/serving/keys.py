@@ -5,7 +5,8 @@
 
 The key itself is shown once, when it is made, and kept nowhere. A key holds 256 random bits, which no one can try through: a slow
 hash, which protects passwords because people choose few of them, would only cost time on every request. The file is read again
-when it changes, so that a removed line is a revoked key.
+when it changes, so that a removed line is a revoked key, and a removed file revokes them all. A file that is there and cannot be
+read leaves the keys as they were.
 """
 
 import hashlib
@@ -13,17 +14,22 @@ import hmac
 import logging
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import filelock
+
 from manyicl.errors import UserInputError
-from manyicl.files import write_text_atomic
+from manyicl.files import storage_errors, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _KEY_BYTES = 32
+_LOCK_SECONDS = 30
 
 
 def hash_key(key: str) -> str:
@@ -35,16 +41,33 @@ def add_key(path: Path, tenant: str) -> str:
     """A new key of a tenant, whose hash is added to the file.
 
     Raises:
-        UserInputError: the tenant's name cannot be used, or the file holds a broken line.
+        UserInputError: the tenant's name cannot be used, the file holds a broken line, or another process keeps it locked.
     """
     if not TENANT_PATTERN.fullmatch(tenant):
         raise UserInputError(f"tenant {tenant!r}: use 1 to 64 small letters, digits, - and _, the first a letter or digit.")
-    if path.exists():
-        read_keys(path)
-    before = path.read_text(encoding="utf-8") if path.exists() else "# tenant, SHA-256 of the key, day it was added\n"
     key = f"mi-{secrets.token_urlsafe(_KEY_BYTES)}"
-    write_text_atomic(path, f"{before.rstrip()}\n{tenant} {hash_key(key)} {datetime.now(UTC):%Y-%m-%d}\n")
+    with _lock(path):
+        if path.exists():
+            read_keys(path)
+        before = path.read_text(encoding="utf-8") if path.exists() else "# tenant, SHA-256 of the key, day it was added\n"
+        write_text_atomic(path, f"{before.rstrip()}\n{tenant} {hash_key(key)} {datetime.now(UTC):%Y-%m-%d}\n")
     return key
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Keep other processes from adding a key, which one of both would lose."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{path}.lock", timeout=_LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise UserInputError(f"{path}: another process has been adding a key for {_LOCK_SECONDS} s. Try again.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_keys(path: Path) -> list[tuple[str, str]]:
@@ -112,6 +135,9 @@ class KeyRing:
             return
         try:
             self._keys = read_keys(self._path)
-        except UserInputError as error:  # Half edited, perhaps; the keys as they were stay valid until it is mended.
+        except UserInputError as error:
             logger.error("%s", error)
+            if stamp is None:
+                self._keys = []
+            # Otherwise it is half edited, perhaps; the keys as they were stay valid until it is mended.
         self._stamp = stamp

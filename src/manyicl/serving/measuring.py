@@ -9,6 +9,7 @@ et al. 2017, arXiv 1706.04599, section 4.2). It changes no label.
 
 import math
 import random
+import secrets
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from manyicl.serving.backends import GenerationOptions, TaskSpec
 from manyicl.serving.errors import ApiError
 from manyicl.serving.service import Served, Service, in_thread
 from manyicl.serving.store import Owned
+from manyicl.serving.threads import run_whole
 from manyicl.tasks.task import Example
 
 Scores = npt.NDArray[np.float64]
@@ -94,8 +96,10 @@ async def measure(service: Service, owned: Owned, served: Served, split: Split, 
         DeadlineError: it takes too long.
     """
     stay, held_out = split_examples(served.spec.examples, share=split.share, seed=split.seed)
-    key = await in_thread(owned.add_scratch)
+    key = secrets.token_hex(16)
+    owned.store.scratch_keys.add(key)
     try:
+        await run_whole(owned.add_scratch, key)
         spec = replace(served.spec, key=key, examples=stay)
         prepared = await service.backend.prepare(spec)
         asked = (prepared.num_used,) if split.shots is None else split.shots
@@ -110,9 +114,12 @@ async def measure(service: Service, owned: Owned, served: Served, split: Split, 
 
 async def _choose(service: Service, spec: TaskSpec, held_out: Sequence[Example], num_shots: int, deadline: float) -> Estimate:
     """Accuracy and calibration of labels."""
-    inputs = [example.input for example in held_out]
-    scored = await service.backend.score(spec, inputs, num_shots=num_shots, deadline=deadline)
-    scores = np.asarray(scored.log_probabilities, dtype=np.float64)
+    rows: list[tuple[float, ...]] = []
+    step = service.limits.measured_at_once
+    for first in range(0, len(held_out), step):
+        inputs = [example.input for example in held_out[first : first + step]]
+        rows += (await service.backend.score(spec, inputs, num_shots=num_shots, deadline=deadline)).log_probabilities
+    scores = np.asarray(rows, dtype=np.float64)
     gold = np.array([spec.labels.index(example.answer) for example in held_out])
     num_right = int((scores.argmax(axis=1) == gold).sum())
     low, high = wilson_interval(num_right, len(gold))

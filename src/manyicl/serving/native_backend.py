@@ -29,6 +29,7 @@ from manyicl.serving.backends import BackendLimits, BackendLoad, GenerationOptio
 from manyicl.serving.batching import Batcher, Group
 from manyicl.serving.contexts import plan_context
 from manyicl.serving.task_prefixes import OpenTask, Progress, TaskPrefixes
+from manyicl.serving.threads import run_whole
 from manyicl.serving.writing import Answer, AnswerWriter
 
 INLINE_CHARACTERS = 4000
@@ -77,6 +78,11 @@ class NativeBackend:
         """Tokens that demonstrations, query and answer may have together; known once started."""
         return self._engine.context_tokens
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether what runs the model is there, this process."""
+        return True
+
     async def start(self) -> None:
         """Load the model.
 
@@ -115,7 +121,7 @@ class NativeBackend:
 
     async def plan(self, spec: TaskSpec) -> Prepared:
         """What `prepare` would return, without computing anything."""
-        context = await asyncio.to_thread(plan_context, spec, self._engine.encoder, self.context_tokens)
+        context = await run_whole(plan_context, spec, self._engine.encoder, self.context_tokens)
         return Prepared(context.num_shots, context.stops[-1], 0, context.left_out, 0.0)
 
     async def forget(self, key: str) -> None:

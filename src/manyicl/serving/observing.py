@@ -18,12 +18,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from manyicl.serving.backends import Backend
+from manyicl.serving.backends import BackendLoad
 from manyicl.serving.errors import error_response
 
 logger = logging.getLogger(__name__)
 
-_FIELDS = ("method", "route", "status", "seconds", "tenant", "request", "job", "traceback")
+_FIELDS = ("method", "route", "status", "seconds", "tenant", "request", "job", "errno", "traceback")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -55,18 +55,16 @@ class Metrics:
     """The service's numbers, in Prometheus' text format.
 
     Args:
-        backend: Asked for its load whenever the numbers are read.
         count_jobs: Jobs by status.
     """
 
-    def __init__(self, backend: Backend, count_jobs: Callable[[], dict[str, int]]) -> None:
+    def __init__(self, count_jobs: Callable[[], dict[str, int]]) -> None:
         self._registry = CollectorRegistry()
         names = ["method", "route", "status"]
         self._requests = Counter("manyicl_requests", "Requests answered.", names, registry=self._registry)
         self._seconds = Histogram(
             "manyicl_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS, registry=self._registry
         )
-        self._registry.register(_BackendCollector(backend))
         self._registry.register(_JobCollector(count_jobs))
 
     def note_request(self, *, method: str, route: str, status: int, seconds: float) -> None:
@@ -74,17 +72,19 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def show(self) -> bytes:
-        """All numbers as text."""
-        return generate_latest(self._registry)
+    def show(self, load: BackendLoad) -> bytes:
+        """All numbers as text; the backend's were taken on its event loop, where they change."""
+        own = CollectorRegistry()
+        own.register(_BackendCollector(load))
+        return generate_latest(self._registry) + generate_latest(own)
 
 
 class _BackendCollector(Collector):
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, load: BackendLoad) -> None:
+        self._load = load
 
     def collect(self) -> Iterator[Metric]:
-        load = self._backend.load()
+        load = self._load
         yield GaugeMetricFamily("manyicl_queries_waiting", "Queries in the queue.", load.num_waiting)
         yield GaugeMetricFamily("manyicl_queries_running", "Queries being computed.", load.num_running)
         batches = CounterMetricFamily(

@@ -9,9 +9,9 @@ A label's score is the sum of the log-probabilities of its tokens and its end, e
                    place, all of an input's in one request; of each prompt only what follows the cached prefix is computed
     tells_prompt   of the label's own tokens at the end of a prompt: one prompt for each label, each computed whole
 
-A server that does neither cannot score labels, and says so. What it tells of the cached tokens of contexts and answers is passed
-on; without that, and for scores of chosen tokens, the context counts as cached. Where it tells chosen tokens, its cache is
-salted with the task's key, so that tasks share nothing.
+A server that does neither cannot score labels, and says so. Where it tells chosen tokens, its cache is salted with the task's
+key, so that tasks share nothing, and what it tells of the cached tokens of contexts and answers is passed on. Elsewhere that
+would tell of other tasks; there, and for scores of chosen tokens, the context counts as cached.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -41,16 +42,29 @@ from manyicl.serving.backends import (
     Scored,
     TaskSpec,
     TokenLogprob,
+    equal_specs,
 )
 from manyicl.serving.batching import stopping
 from manyicl.serving.contexts import TaskContext, plan_context
-from manyicl.serving.remote_server import ID_MARK, MAX_CHOSEN_TOKENS, Json, RemoteServer, ServerAbilities, read_usage
+from manyicl.serving.remote_server import (
+    ID_MARK,
+    Json,
+    RemoteServer,
+    ServerAbilities,
+    column_paths,
+    plan_requests,
+    read_usage,
+)
+from manyicl.serving.threads import run_whole
 
 MAX_CONTEXTS = 256
 RETRY_SECONDS = 1.0
+# Of the prompts of one request together, one prompt apart: what it takes in memory and holds the event loop up.
+MAX_REQUEST_TOKENS = 2**18
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
+MakePrompt = Callable[[TokenIds], TokenIds]
 
 
 def open_encoder(model: str, *, format: Format | None = None) -> Encoder:
@@ -105,6 +119,11 @@ class OpenAIBackend:
         """Tokens that demonstrations, query and answer may have together; known once started."""
         return self._context_tokens or 0
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether what runs the model is there; of a server that is not this one's own it is taken to be."""
+        return True
+
     async def start(self) -> None:
         """Load the tokenizer, and ask the server for the model and for what it takes.
 
@@ -141,7 +160,8 @@ class OpenAIBackend:
             with self._admit(1):
                 answer = await self._server.complete(self._body(context.token_ids, spec) | {"max_tokens": 1, "temperature": 0})
             usage = read_usage(answer)
-            computed = num_tokens if usage.cached_tokens is None else max(0, usage.prompt_tokens - usage.cached_tokens)
+            is_told = self._abilities.tells_chosen and usage.cached_tokens is not None
+            computed = max(0, usage.prompt_tokens - (usage.cached_tokens or 0)) if is_told else num_tokens
             self._computed_tokens += computed
         if progress is not None:
             progress(num_tokens, num_tokens)
@@ -153,7 +173,7 @@ class OpenAIBackend:
 
     async def plan(self, spec: TaskSpec) -> Prepared:
         """What `prepare` would return, without computing anything."""
-        context = await asyncio.to_thread(plan_context, spec, self._encoder, self.context_tokens)
+        context = await run_whole(plan_context, spec, self._encoder, self.context_tokens)
         return Prepared(context.num_shots, context.stops[-1], 0, context.left_out, 0.0)
 
     async def forget(self, key: str) -> None:
@@ -168,23 +188,25 @@ class OpenAIBackend:
             raise UserInputError("the task has no labels to score. Ask for an answer as text instead.")
         if not (self._abilities.tells_chosen or self._abilities.tells_prompt):
             raise UserInputError(
-                f"the server at {self._server.base_url} tells log-probabilities neither of chosen tokens (logprob_token_ids) nor "
-                "of prompts given as tokens (echo), so that labels cannot be scored on it."
+                "the model's server tells log-probabilities neither of chosen tokens (logprob_token_ids) nor of prompts given as "
+                "tokens (echo), so that labels cannot be scored on it."
             )
         context = await self._open(spec)
         trie = build_trie(context.label_ids)
         queries = await asyncio.to_thread(lambda: [self._encoder.encode_query(text) for text in inputs])
         shots = context.fit_inputs(list(map(len, queries)), self.context_tokens, num_shots=num_shots)
-        prompts = [context.token_ids[: context.stops[own]] + query for own, query in zip(shots, queries, strict=True)]
+        fronts = [context.stops[own] for own in shots]
+        makers = [partial(_make_prompt, context, front, query) for front, query in zip(fronts, queries, strict=True)]
         with self._admit(len(inputs)):
             async with _until(deadline):
-                found = await _gather([self._score_one(spec, prompt, context.label_ids, trie) for prompt in prompts])
+                found = await self._gather([partial(self._score_one, spec, context.label_ids, trie, make) for make in makers])
         if self._abilities.tells_chosen:
-            cached = tuple(context.stops[own] for own in shots)
+            cached = tuple(fronts)
             computed = tuple(len(query) + len(trie.tokens) for query in queries)
         else:
-            cached = (0,) * len(prompts)
-            computed = tuple(len(prompt) * len(context.label_ids) + sum(map(len, context.label_ids)) for prompt in prompts)
+            cached, labels = (0,) * len(queries), context.label_ids
+            sizes = [front + len(query) for front, query in zip(fronts, queries, strict=True)]
+            computed = tuple(size * len(labels) + sum(map(len, labels)) for size in sizes)
         self._note(sum(cached), sum(computed))
         return Scored(tuple(found), tuple(shots), cached, computed)
 
@@ -209,21 +231,37 @@ class OpenAIBackend:
         elif options.top_logprobs is not None:
             body |= {"logprobs": options.top_logprobs}
         reader = _AnswerReader(self._encoder, options, cached_tokens=context.stops[shots], computed_tokens=len(query))
-        with self._admit(1):
-            async with _until(deadline):
-                await self._slots.acquire()
-            try:
-                async with contextlib.aclosing(self._server.stream(body)) as chunks:
+        reader.is_salted = self._abilities.tells_chosen
+        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(body, reader, pieces, deadline))
+        try:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            reading.cancel()
+            await asyncio.wait({reading})
+
+    async def _read(
+        self, body: Json, reader: "_AnswerReader", pieces: "asyncio.Queue[Piece | Exception]", deadline: float | None
+    ) -> None:
+        """Take an answer from the server as fast as it comes: whoever reads it slowly keeps no place from others."""
+        try:
+            with self._admit(1):
+                async with _until(deadline), self._slots, contextlib.aclosing(self._server.stream(body)) as chunks:
                     while not reader.is_finished:
-                        async with _until(deadline):
-                            chunk = await anext(chunks, None)
+                        chunk = await anext(chunks, None)
                         if chunk is None and not reader.has_ended:
                             raise ManyICLError(f"the server at {self._server.base_url} broke off in the middle of an answer.")
                         for piece in reader.take(chunk):
-                            yield piece
-            finally:
-                self._slots.release()
-        self._note(reader.cached_tokens, reader.computed_tokens + reader.num_tokens)
+                            pieces.put_nowait(piece)
+            self._note(reader.cached_tokens, reader.computed_tokens + reader.num_tokens)
+        except Exception as error:  # Whatever it is, whoever waits for pieces must hear of it.
+            pieces.put_nowait(error)
 
     def load(self) -> BackendLoad:
         """How busy it is. Passes are the server's own: it batches what reaches it at the same time."""
@@ -237,7 +275,8 @@ class OpenAIBackend:
     async def _open(self, spec: TaskSpec) -> TaskContext:
         """The context of a task, made where it is not remembered."""
         held = self._contexts.get(spec.key)
-        if held is not None and (held[0] is spec or held[0] == spec):
+        if held is not None and equal_specs(held[0], spec):
+            self._contexts[spec.key] = spec, held[1]  # This one comes again, and is found to be itself at once.
             self._contexts.move_to_end(spec.key)
             self._opened["memory"] += 1
             return held[1]
@@ -272,15 +311,19 @@ class OpenAIBackend:
                 self._is_idle.set()
 
     async def _score_one(
-        self, spec: TaskSpec, prompt: TokenIds, label_ids: Sequence[TokenIds], trie: LabelTrie
+        self, spec: TaskSpec, label_ids: Sequence[TokenIds], trie: LabelTrie, make_prompt: MakePrompt
     ) -> tuple[float, ...]:
         """Scores of the labels after a prompt."""
         if not self._abilities.tells_chosen:
-            return tuple(map(sum, await _gather([self._tell_prompt(prompt + label, len(label)) for label in label_ids])))
-        paths, extra = _column_paths(trie), self._salt(spec)
-        requests = _plan_requests(trie)
-        answers = await _gather(
-            [self._tell_chosen([prompt + paths[column] for column in columns], tokens, extra) for columns, tokens in requests]
+            told = await self._gather([partial(self._tell_prompt, make_prompt, label) for label in label_ids])
+            return tuple(map(sum, told))
+        paths, extra = column_paths(trie), self._salt(spec)
+        requests = plan_requests(trie, max(1, MAX_REQUEST_TOKENS // len(make_prompt(max(paths, key=len)))))
+        answers = await self._gather(
+            [
+                partial(self._tell_chosen, make_prompt, [paths[column] for column in columns], tokens, extra)
+                for columns, tokens in requests
+            ]
         )
         values: dict[tuple[int, int], float] = {}
         for (columns, _), found in zip(requests, answers, strict=True):
@@ -289,13 +332,32 @@ class OpenAIBackend:
         edges = np.array([values[edge] for edge in trie.edges])
         return tuple(trie.totals(edges).tolist())
 
-    async def _tell_chosen(self, prompts: Sequence[TokenIds], tokens: Sequence[int], extra: Json) -> list[dict[int, float]]:
-        async with self._slots:
-            return await self._server.tell_chosen(prompts, tokens, extra)
+    async def _tell_chosen(
+        self, make_prompt: MakePrompt, paths: Sequence[TokenIds], tokens: Sequence[int], extra: Json
+    ) -> list[dict[int, float]]:
+        async with self._slots:  # Prompts are made when it is their turn: all of a call together may exceed the memory.
+            return await self._server.tell_chosen([make_prompt(path) for path in paths], tokens, extra)
 
-    async def _tell_prompt(self, prompt: TokenIds, num_last: int) -> list[float]:
+    async def _tell_prompt(self, make_prompt: MakePrompt, label: TokenIds) -> list[float]:
         async with self._slots:
-            return await self._server.tell_prompt(prompt, num_last)
+            return await self._server.tell_prompt(make_prompt(label), len(label))
+
+    async def _gather(self, work: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> list[Result]:
+        """All results, begun as others end; when one fails or the caller leaves, the rest is cancelled."""
+        left = iter(enumerate(work))
+        found: dict[int, Result] = {}
+
+        async def take() -> None:
+            for place, begin in left:
+                found[place] = await begin()
+
+        tasks = [asyncio.ensure_future(take()) for _ in work[: self._limits.max_batch_queries]]
+        try:
+            await asyncio.gather(*tasks)
+            return [found[place] for place in range(len(work))]
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _body(self, prompt: TokenIds, spec: TaskSpec) -> Json:
         given: Any = list(prompt) if self._abilities.takes_ids else self._decode(prompt)
@@ -315,13 +377,19 @@ class OpenAIBackend:
 
 
 class _AnswerReader:
-    """Makes pieces of the chunks of a streamed answer."""
+    """Makes pieces of the chunks of a streamed answer.
+
+    Attributes:
+        is_salted: Whether the server's cache holds this task's tokens alone, so that what it says of them may be told.
+    """
+
+    is_salted = False
 
     def __init__(self, encoder: Encoder, options: GenerationOptions, *, cached_tokens: int, computed_tokens: int) -> None:
         self.cached_tokens = cached_tokens
         self.computed_tokens = computed_tokens
         self.num_tokens = 0
-        self.has_ended = self.is_finished = False
+        self.has_ended = self.is_finished = self._has_tokens = False
         self._tokenizer = encoder.tokenizer
         self._terminator_id = encoder.terminator_id
         self._options = options
@@ -340,7 +408,9 @@ class _AnswerReader:
             self.has_ended, self._reason, chunk = True, "stop", None
         if chunk is not None and chunk.get("usage"):
             usage = read_usage(chunk)
-            if usage.cached_tokens is not None:
+            if not self._has_tokens:  # Then chunks were counted, which may hold several.
+                self.num_tokens = usage.completion_tokens or self.num_tokens
+            if self.is_salted and usage.cached_tokens is not None:
                 self.cached_tokens = usage.cached_tokens
                 self.computed_tokens = max(0, usage.prompt_tokens - usage.cached_tokens)
         if chunk is None:
@@ -351,6 +421,7 @@ class _AnswerReader:
     def _read(self, choice: Json) -> list[Piece]:
         """A piece for each token of a chunk; its text comes with the last one."""
         text, told = str(choice.get("text") or ""), choice.get("logprobs") or {}
+        self._has_tokens = self._has_tokens or bool(told.get("tokens"))
         tokens = told.get("tokens") or ([text] if text else [])
         values = told.get("token_logprobs") or [None] * len(tokens)
         alternatives = told.get("top_logprobs") or [None] * len(tokens)
@@ -396,40 +467,9 @@ def _read_format(folder: Path) -> Format:
         raise ModelError(f"{path}: cannot be read ({type(error).__name__}). Export the model again, or give --format.") from error
 
 
-def _column_paths(trie: LabelTrie) -> list[TokenIds]:
-    """The tokens that lead to each column of a trie: none to column 0, and each node's own and those before it to the others."""
-    paths: list[TokenIds] = [()]
-    for token, parent in zip(trie.tokens, trie.parents, strict=True):
-        paths.append((*paths[parent + 1], token))
-    return paths
-
-
-def _plan_requests(trie: LabelTrie) -> list[tuple[list[int], list[int]]]:
-    """Columns and tokens of each request: together every edge, in as few requests as the number of tokens in one allows."""
-    by_column: dict[int, list[int]] = {}
-    for column, token in trie.edges:
-        by_column.setdefault(column, []).append(token)
-    requests: list[tuple[list[int], list[int]]] = []
-    for column, tokens in by_column.items():
-        for first in range(0, len(tokens), MAX_CHOSEN_TOKENS):
-            part = tokens[first : first + MAX_CHOSEN_TOKENS]
-            known = requests[-1] if requests else ([], [])
-            union = list(dict.fromkeys((*known[1], *part)))
-            if requests and column not in known[0] and len(union) <= MAX_CHOSEN_TOKENS:
-                requests[-1] = ([*known[0], column], union)
-            else:
-                requests.append(([column], part))
-    return requests
-
-
-async def _gather(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """All results; when one fails or the caller leaves, the others are cancelled."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
+def _make_prompt(context: TaskContext, num_tokens: int, query: TokenIds, more: TokenIds) -> TokenIds:
+    """A query after the first so many tokens of a context, and what follows it."""
+    return context.token_ids[:num_tokens] + query + more
 
 
 @contextlib.asynccontextmanager

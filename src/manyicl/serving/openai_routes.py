@@ -25,6 +25,7 @@ from manyicl.serving.schemas import (
 from manyicl.serving.service import OwnedNow, ServiceNow, find_served, in_thread
 from manyicl.serving.settings import BASE_MODEL
 from manyicl.serving.store import JobRequest, Page
+from manyicl.serving.threads import run_whole
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -82,7 +83,7 @@ def show_event(row: JobEventRow) -> JobEvent:
 
 
 @router.post("/files", openapi_extra=_UPLOAD_FORM)
-async def upload_file(request: Request, owned: OwnedNow) -> File:
+async def upload_file(request: Request, owned: OwnedNow, service: ServiceNow) -> File:
     """Keep a training file. It is read when a job uses it."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(
@@ -90,8 +91,9 @@ async def upload_file(request: Request, owned: OwnedNow) -> File:
         )
     async with request.form(max_files=1, max_fields=8) as form:
         name, upload = _read_form(form)
-        content = await upload.read()
-    return show_file(await in_thread(owned.add_file, name, content))
+        async with service.uploads:
+            row = await run_whole(owned.add_file, name, await upload.read())
+    return show_file(row)
 
 
 def _read_form(form: FormData) -> tuple[str, UploadFile]:

@@ -6,9 +6,12 @@ begin with alike, where it does that at all. Servers differ, so each is asked on
     takes_ids       prompts as token ids; without, they are decoded to text, which the server tokenizes its own way
     tells_chosen    `logprob_token_ids`, as vLLM has it: log-probabilities of chosen tokens after a prompt, read from its cache
     tells_prompt    `echo`: log-probabilities of a prompt's own tokens, for which servers compute the whole prompt again
+
+Its address is for the operator. Errors that reach tenants do not name it, and none tells a password in it.
 """
 
 import json
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +19,9 @@ from typing import Any
 import httpx
 
 from manyicl.errors import ManyICLError, ModelError, OverloadedError, UserInputError
-from manyicl.label_trie import TokenIds
+from manyicl.label_trie import LabelTrie, TokenIds
+
+logger = logging.getLogger(__name__)
 
 # The most that vLLM 0.32 takes.
 MAX_CHOSEN_TOKENS = 128
@@ -37,9 +42,10 @@ class ServerAbilities:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of prompts, and how many of them the server had computed before; None where it does not say."""
+    """Tokens of prompts and answers, and how many of the prompts' it had computed before; None where a server does not say."""
 
     prompt_tokens: int
+    completion_tokens: int | None
     cached_tokens: int | None
 
 
@@ -47,7 +53,7 @@ def read_usage(answer: Json) -> Usage:
     """What a server says of the tokens of its prompts."""
     usage = answer.get("usage") or {}
     details = usage.get("prompt_tokens_details") or {}
-    return Usage(int(usage.get("prompt_tokens") or 0), details.get("cached_tokens"))
+    return Usage(int(usage.get("prompt_tokens") or 0), usage.get("completion_tokens"), details.get("cached_tokens"))
 
 
 class RemoteServer:
@@ -57,14 +63,17 @@ class RemoteServer:
         base_url: Up to and with its `/v1`.
         model: The model's name there.
         api_key: Sent as a bearer token; None for none.
+
+    Attributes:
+        base_url: The same, without the name and password that it may hold.
     """
 
     def __init__(self, base_url: str, model: str, *, api_key: str | None = None) -> None:
-        self.base_url = base_url.rstrip("/")
+        self.base_url = str(httpx.URL(base_url.rstrip("/")).copy_with(userinfo=b""))
         self.model = model
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.AsyncClient(
-            base_url=self.base_url,
+            base_url=base_url,
             headers=headers,
             timeout=httpx.Timeout(None, connect=10.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
@@ -208,10 +217,37 @@ class RemoteServer:
                 seconds = float(response.headers.get("retry-after", RETRY_SECONDS))
             except ValueError:
                 seconds = RETRY_SECONDS
-            return OverloadedError(f"the server at {self.base_url} has too much to do.", retry_after_seconds=seconds)
+            return OverloadedError("the model's server has too much to do. Try again soon.", retry_after_seconds=seconds)
         if status in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY):
-            return UserInputError(f"the server at {self.base_url} refused the request (status {status}).")
+            logger.warning("%s refused a request (status %d)", self.base_url, status)
+            return UserInputError(f"the model's server refused the request (status {status}).")
         return ManyICLError(f"the server at {self.base_url} answered with status {status}.")
+
+
+def column_paths(trie: LabelTrie) -> list[TokenIds]:
+    """The tokens that lead to each column of a trie: none to column 0, and each node's own and those before it to the others."""
+    paths: list[TokenIds] = [()]
+    for token, parent in zip(trie.tokens, trie.parents, strict=True):
+        paths.append((*paths[parent + 1], token))
+    return paths
+
+
+def plan_requests(trie: LabelTrie, max_prompts: int) -> list[tuple[list[int], list[int]]]:
+    """Columns and tokens of each request: together every edge, in as few requests as both numbers allow."""
+    by_column: dict[int, list[int]] = {}
+    for column, token in trie.edges:
+        by_column.setdefault(column, []).append(token)
+    requests: list[tuple[list[int], list[int]]] = []
+    for column, tokens in by_column.items():
+        for first in range(0, len(tokens), MAX_CHOSEN_TOKENS):
+            part = tokens[first : first + MAX_CHOSEN_TOKENS]
+            known = requests[-1] if requests else ([], [])
+            union = list(dict.fromkeys((*known[1], *part)))
+            if 0 < len(known[0]) < max_prompts and column not in known[0] and len(union) <= MAX_CHOSEN_TOKENS:
+                requests[-1] = ([*known[0], column], union)
+            else:
+                requests.append(([column], part))
+    return requests
 
 
 def _first_choices(answer: Json) -> list[Json]:

@@ -290,13 +290,13 @@ class CompletionRequest(Sampling):
 
 
 class PromptDetails(BaseModel):
-    """Of the prompt's tokens, those that were computed before."""
+    """Of the prompt's tokens, those of the examples: computed before, or by this request where nothing was kept of them."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens of a request. `prompt_tokens` holds the task's examples; what is not cached of it was computed now."""
+    """Tokens of a request. `prompt_tokens` holds the task's examples; what is not cached of it is the request's own."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -1,6 +1,8 @@
 """The parts of a running service, and what routes ask of them: whose request it is, which task it names, and its deadline."""
 
 import asyncio
+import hmac
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
@@ -21,7 +23,8 @@ from manyicl.serving.store import Owned, Store
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
-BASE_SPEC = TaskSpec("0" * 32, ())
+_CHECKS_AT_ONCE = 2
+_UPLOADS_AT_ONCE = 4
 
 
 @dataclass
@@ -30,6 +33,9 @@ class Service:
 
     Attributes:
         changes: One lock a task, by key, held while it is changed.
+        checks: Places for checks of examples, which take a thread each; the others are refused.
+        uploads: Places for uploads that are in memory as a whole; the others wait, on disk.
+        secret: What the keys of the plain model are made of.
     """
 
     settings: Settings
@@ -39,11 +45,18 @@ class Service:
     metrics: Metrics
     started_at: int = field(default_factory=lambda: int(time.time()))
     changes: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CHECKS_AT_ONCE))
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_UPLOADS_AT_ONCE))
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     @property
     def limits(self) -> Limits:
         """What requests may ask for."""
         return self.settings.limits
+
+    def base_spec(self, tenant: str) -> TaskSpec:
+        """The plain model under a key of the tenant's own, so that no tenant's prompts are cached for another."""
+        return TaskSpec(hmac.digest(self.secret, tenant.encode(), "sha256").hex()[:32], ())
 
 
 async def in_thread(function: Callable[Arguments, Result], *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
@@ -97,7 +110,7 @@ async def find_served(service: Service, owned: Owned, name: str) -> Served:
         ApiError: this tenant has none of that name.
     """
     if name == BASE_MODEL:
-        return Served(name, BASE_SPEC, None)
+        return Served(name, service.base_spec(owned.tenant), None)
 
     def read() -> Served:
         row = owned.task(name)

@@ -20,10 +20,13 @@ class Limits:
         max_files: Of one tenant.
         max_tasks: Of one tenant, those of unfinished jobs included.
         max_unfinished_jobs: Of one tenant.
+        max_finished_jobs: Of one tenant; the oldest ones beyond are removed with their events, and the models stay.
         max_examples: Of one task.
         max_text_chars: Characters of one input, answer or instruction.
         max_inputs: Of one classification request.
         max_labels: Of one task.
+        max_probabilities: Of one classification's answer: its inputs times the labels that are told of each.
+        measured_at_once: Held-out examples that a measurement has the backend answer in one call.
         request_seconds: The longest that a request may take, unless it asks for less.
         drain_seconds: How long requests in flight may go on after the service was told to stop.
     """
@@ -33,10 +36,13 @@ class Limits:
     max_files: int = 1000
     max_tasks: int = 1000
     max_unfinished_jobs: int = 100
+    max_finished_jobs: int = 1000
     max_examples: int = 20_000
     max_text_chars: int = 100_000
     max_inputs: int = 1000
     max_labels: int = 1000
+    max_probabilities: int = 200_000
+    measured_at_once: int = 64
     request_seconds: float = 120.0
     drain_seconds: float = 30.0
 

@@ -12,11 +12,11 @@ import os
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import TypeVar
 
 import filelock
@@ -26,7 +26,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from manyicl.errors import UserInputError
-from manyicl.files import hash_file, storage_errors, write_bytes_atomic
+from manyicl.files import storage_errors, write_bytes_atomic
 from manyicl.serving.backends import Prepared, TaskSpec
 from manyicl.serving.database import (
     ExampleRow,
@@ -34,19 +34,19 @@ from manyicl.serving.database import (
     JobEventRow,
     JobRow,
     TaskRow,
-    check_integrity,
     open_database,
     writing_engine,
 )
 from manyicl.serving.errors import ApiError, not_found
 from manyicl.serving.settings import Settings
+from manyicl.serving.spec_cache import SpecCache
+from manyicl.serving.store_checks import UNFINISHED, find_problems, pair, require_existing
 from manyicl.tasks.task import Example
 
 Row = TypeVar("Row", FileRow, JobRow, TaskRow)
 Entry = TypeVar("Entry", FileRow, JobRow)
 
-UNFINISHED = ("queued", "running")
-_OPEN_SPECS = 128
+_OPEN_CHARACTERS = 2**26
 _ADVISORY_LOCK = 0x6D616E79  # "many": one service on a PostgreSQL database.
 _MAX_LEFT_OUT = 1000
 
@@ -74,42 +74,47 @@ class Page:
 class Store:
     """The database and the files of a service; one process at a time has it open.
 
+    Args:
+        is_checked: For a look at it: nothing is made, updated or removed.
+
     Raises:
-        UserInputError: another service uses the folder or the database, or it cannot be opened.
+        UserInputError: another service uses the folder or the database, they do not belong together, or cannot be opened.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, is_checked: bool = False) -> None:
         self.limits = settings.limits
         self.folder = settings.data_dir / "files"
+        if is_checked:
+            require_existing(settings)
         with storage_errors(settings.data_dir):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(settings.data_dir / ".lock", timeout=0, thread_local=False)  # Closed by any thread.
-        try:
-            self._lock.acquire()
-        except filelock.Timeout as error:
-            raise UserInputError(
-                f"{settings.data_dir}: another service is using this folder. Stop it, or give another."
-            ) from error
+            settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._lock = _lock_folder(settings.data_dir)
         self._guard: Connection | None = None
+        self._specs = SpecCache(_OPEN_CHARACTERS)
+        self.scratch_keys: set[str] = set()  # Of measurements that are under way.
         with ExitStack() as undo:
             undo.callback(self._lock.release)
-            self._reading = open_database(settings.database_url, settings.data_dir)
-            undo.callback(self._reading.dispose)
+            self._reading = open_database(settings.database_url, settings.data_dir, is_changed=not is_checked)
+            undo.callback(self._close_database)
             self._take_database()
+            self._writing = writing_engine(self._reading)
+            self._turn = threading.Lock() if self._reading.dialect.name == "sqlite" else nullcontext()
+            with self.writing() as session:
+                pair(session, settings.data_dir, is_changed=not is_checked)
+            if not is_checked:
+                self._tidy()
             undo.pop_all()
-        self._writing = writing_engine(self._reading)
-        self._turn = threading.Lock() if self._reading.dialect.name == "sqlite" else nullcontext()
-        self._specs: OrderedDict[tuple[str, int], TaskSpec] = OrderedDict()
-        self._specs_lock = threading.Lock()
-        self.scratch_keys: set[str] = set()  # Of measurements that are under way.
-        self._tidy()
 
     def close(self) -> None:
         """Let another service have it."""
+        self._close_database()
+        self._lock.release()
+
+    def _close_database(self) -> None:
         if self._guard is not None:
             self._guard.close()
         self._reading.dispose()
-        self._lock.release()
 
     def of(self, tenant: str) -> "Owned":
         """What one tenant owns."""
@@ -133,12 +138,10 @@ class Store:
         return self.folder / f"{file_id}.jsonl"
 
     def read_spec(self, row: TaskRow) -> TaskSpec:
-        """A task with its examples; a task's first so many examples never change, so that those read last are kept in memory."""
-        place = (row.key, row.num_examples)
-        with self._specs_lock:
-            if place in self._specs:
-                self._specs.move_to_end(place)
-                return self._specs[place]
+        """A task with its examples; those read last are kept in memory."""
+        held, moment = self._specs.find(row.key, row.num_examples)
+        if held is not None:
+            return held
         with self.reading() as session:
             found = session.execute(
                 select(ExampleRow.input, ExampleRow.answer)
@@ -148,10 +151,7 @@ class Store:
         if len(found) != row.num_examples:  # Deleted since the row was read.
             raise not_found("model", row.name or "")
         spec = TaskSpec(row.key, tuple(Example(given, answer) for given, answer in found), tuple(row.labels), row.instruction)
-        with self._specs_lock:
-            self._specs[place] = spec
-            while len(self._specs) > _OPEN_SPECS:
-                self._specs.popitem(last=False)
+        self._specs.hold(spec, moment)
         return spec
 
     def doomed_keys(self) -> list[str]:
@@ -163,9 +163,12 @@ class Store:
         """Remove what is left of a deleted task, once the backend has forgotten it."""
         with self.writing() as session:
             session.execute(delete(TaskRow).where(TaskRow.key == key, TaskRow.state == "deleting"))
-        with self._specs_lock:
-            for place in [place for place in self._specs if place[0] == key]:
-                del self._specs[place]
+        self._specs.remove(key)
+
+    def ping(self) -> None:
+        """Ask the database for nothing, which fails where it is away."""
+        with self.reading() as session:
+            session.execute(text("SELECT 1"))
 
     def count_jobs(self) -> dict[str, int]:
         """Jobs by status, of all tenants."""
@@ -178,25 +181,7 @@ class Store:
         Costs reading every stored file once.
         """
         with self.reading() as session:
-            problems = check_integrity(session.connection())
-            for row in session.scalars(select(FileRow)):
-                path = self.path_of(row.id)
-                if not path.is_file():
-                    problems.append(f"file {row.id}: its bytes are gone")
-                elif path.stat().st_size != row.num_bytes or hash_file(path) != row.sha256:
-                    problems.append(f"file {row.id}: its bytes are not those that were uploaded")
-            counts = select(ExampleRow.task, func.count().label("rows"), func.max(ExampleRow.position).label("last"))
-            found = {task: (rows, last) for task, rows, last in session.execute(counts.group_by(ExampleRow.task))}
-            unfinished = set(session.scalars(select(JobRow.task_key).where(JobRow.status.in_(UNFINISHED))))
-            for task in session.scalars(select(TaskRow)):
-                rows, last = found.get(task.number, (0, -1))
-                if task.state == "ready" and (rows != task.num_examples or last != rows - 1 or not rows):
-                    problems.append(f"task {task.key}: {rows} examples up to place {last}; {task.num_examples} were acknowledged")
-                if task.state == "preparing" and task.key not in unfinished:
-                    problems.append(f"task {task.key}: in preparation, and no job prepares it")
-                if (task.name is None) != (task.state == "deleting"):
-                    problems.append(f"task {task.key}: {task.state} {'with' if task.name else 'without'} a name")
-        return problems
+            return find_problems(session, self.path_of)
 
     def _take_database(self) -> None:
         """Keep other services off a PostgreSQL database, by a lock that ends with this process."""
@@ -212,9 +197,11 @@ class Store:
         """Remove bytes that no row speaks of: of uploads that were not acknowledged, and of files that were deleted."""
         with self.reading() as session:
             known = {self.path_of(file_id).name for file_id in session.scalars(select(FileRow.id))}
-        for path in self.folder.iterdir():
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+        with storage_errors(self.folder):
+            for path in self.folder.iterdir():
+                is_upload = path.name.lstrip(".").startswith("file-") and S_ISREG(path.lstat().st_mode)
+                if is_upload and path.name not in known:
+                    path.unlink(missing_ok=True)
 
 
 class Owned:
@@ -323,17 +310,24 @@ class Owned:
         try:
             with self.store.writing() as session:
                 self._find(session, FileRow, request.file_id)
-                if self._count(session, self._own(TaskRow)) >= limits.max_tasks:
+                if self._count(session, self._own(TaskRow).where(TaskRow.name.is_not(None))) >= limits.max_tasks:
                     raise _too_many("models", limits.max_tasks)
                 if self._count(session, self._own(JobRow).where(JobRow.status.in_(UNFINISHED))) >= limits.max_unfinished_jobs:
                     raise ApiError(429, f"{limits.max_unfinished_jobs} jobs are unfinished. Wait.", headers={"Retry-After": "10"})
                 session.add_all([task, job])
                 session.flush()
                 session.add(new_event(job, "Created fine-tuning job: " + job.id))
+                self._drop_old_jobs(session)
         except IntegrityError as error:
             message = f"A model named '{request.name}' exists or is being made. Delete it, or choose another suffix."
             raise ApiError(409, message, code="model_exists", param="suffix") from error
         return job
+
+    def _drop_old_jobs(self, session: Session) -> None:
+        """Remove the oldest finished jobs beyond the limit, with their events; the models that they made stay."""
+        finished = self._own(JobRow).where(JobRow.status.not_in(UNFINISHED)).order_by(JobRow.number.desc())
+        old = finished.with_only_columns(JobRow.number).offset(self.store.limits.max_finished_jobs)
+        session.execute(delete(JobRow).where(JobRow.number.in_(old)), execution_options={"synchronize_session": False})
 
     def job(self, job_id: str) -> JobRow:
         """One job."""
@@ -424,16 +418,14 @@ class Owned:
                 raise not_found("model", before.name or "")
             row.temperature = temperature
 
-    def add_scratch(self) -> str:
-        """The key of a task that nobody can call, for a measurement.
+    def add_scratch(self, key: str) -> None:
+        """Keep a task that nobody can call, for a measurement; its key is among `scratch_keys` before.
 
-        It is removed by the job runner once it is no longer among `scratch_keys`, or after a restart.
+        It is removed by the job runner once its key is no longer there, or after a restart.
         """
-        row = TaskRow(key=secrets.token_hex(16), tenant=self.tenant, name=None, state="deleting", created_at=int(time.time()))
-        self.store.scratch_keys.add(row.key)
+        row = TaskRow(key=key, tenant=self.tenant, name=None, state="deleting", created_at=int(time.time()))
         with self.store.writing() as session:
             session.add(row)
-        return row.key
 
 
 def new_event(job: JobRow, message: str, *, level: str = "info") -> JobEventRow:
@@ -466,6 +458,15 @@ def set_prepared(row: TaskRow, prepared: Prepared) -> None:
     row.computed_tokens = (row.computed_tokens or 0) + prepared.computed_tokens
     row.prefill_seconds = (row.prefill_seconds or 0.0) + prepared.seconds
     row.left_out = [list(entry) for entry in prepared.left_out[:_MAX_LEFT_OUT]]
+
+
+def _lock_folder(data_dir: Path) -> filelock.FileLock:
+    lock = filelock.FileLock(data_dir / ".lock", timeout=0, thread_local=False)  # Closed by any thread.
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserInputError(f"{data_dir}: another service is using this folder. Stop it, or give another.") from error
+    return lock
 
 
 def _too_many(what: str, limit: int) -> ApiError:

@@ -23,14 +23,14 @@ from functools import partial
 from typing import TypeVar
 
 from manyicl.engines.native import NativeEngine
-from manyicl.errors import PrefixError, StorageError
+from manyicl.errors import BudgetError, PrefixError, StorageError
 from manyicl.label_trie import TokenIds, build_trie
 from manyicl.planning import check_memory, prefix_bytes
 from manyicl.prefix import Prefix, extend
 from manyicl.prefix_files import PREFIX_FILE, PrefixFacts, identify_prefix, read_prefix_facts
 from manyicl.prefix_states import StatesBuffer
 from manyicl.prefix_store import PrefixStore, prefix_key
-from manyicl.serving.backends import TaskSpec
+from manyicl.serving.backends import ShortMemoryError, TaskSpec, equal_specs
 from manyicl.serving.batching import Batcher, Group, stopping
 from manyicl.serving.contexts import TaskContext, plan_context
 from manyicl.serving.writing import AnswerWriter
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 SLICE_TOKENS = 512
 SPECS_PER_TASK = 2
 MAX_FRONTS = 4
+# Keys that are remembered as forgotten, far more than are forgotten in the time of a request.
+MAX_FORGOTTEN = 10_000
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -83,13 +85,15 @@ class TaskPrefixes:
         self._max_open_bytes = max_open_bytes
         self._tasks: OrderedDict[str, list[OpenTask]] = OrderedDict()
         self._fronts: OrderedDict[str, Prefix] = OrderedDict()
+        self._forgotten: OrderedDict[str, None] = OrderedDict()
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def find(self, spec: TaskSpec) -> OpenTask | None:
         """The task where it is open."""
         tasks = self._tasks.get(spec.key, [])
         for task in tasks:
-            if task.spec is spec or task.spec == spec:
+            if equal_specs(task.spec, spec):
+                task.spec = spec  # This one comes again, and is found to be itself at once.
                 tasks.remove(task)
                 tasks.append(task)
                 self._tasks.move_to_end(spec.key)
@@ -104,21 +108,27 @@ class TaskPrefixes:
 
         Args:
             num_old: The first so many examples may be kept on disk as a prefix of their own.
-            must_keep: Raise an error if the prefix cannot be kept on disk.
+            must_keep: Raise an error if the prefix cannot be kept on disk. Without it, what was forgotten is computed and not
+                kept, as a query may ask for it that began before.
 
         Raises:
-            BudgetError: no example fits, or memory is short.
+            BudgetError: no example fits.
+            ShortMemoryError: memory is short.
             StorageError: see `must_keep`.
             OverloadedError: the service stops before all is computed.
         """
         found = self.find(spec)
         if found is not None and not must_keep:
             return found, 0
+        if must_keep:
+            self._forgotten.pop(spec.key, None)
         async with self._lock(spec.key):
             found = self.find(spec)
             computed = 0
             if found is None:
                 found, computed = await self._make(spec, num_old, progress)
+                if spec.key in self._forgotten:
+                    return found, computed
                 self._remember(found)
             await self._keep(found, must_keep=must_keep)
             if num_old is not None:
@@ -127,6 +137,9 @@ class TaskPrefixes:
 
     async def forget(self, key: str) -> None:
         """Remove a task from memory and disk; queries that are being answered keep what they use."""
+        self._forgotten[key] = None
+        if len(self._forgotten) > MAX_FORGOTTEN:
+            self._forgotten.popitem(last=False)
         async with self._lock(key):
             self._tasks.pop(key, None)
             self._fronts.pop(key, None)
@@ -187,7 +200,7 @@ class TaskPrefixes:
                     progress(prefix.num_tokens, num_tokens)
         finally:
             self.computed_tokens += prefix.num_tokens - front.num_tokens
-            if prefix.num_tokens < num_tokens:
+            if prefix.num_tokens < num_tokens and key not in self._forgotten:
                 self._fronts[key] = prefix
                 if len(self._fronts) > MAX_FRONTS:
                     self._fronts.popitem(last=False)
@@ -199,12 +212,15 @@ class TaskPrefixes:
             return prefix
         model = self._engine.loaded.model
         capacity = min(self._engine.context_tokens, num_tokens + (prefix.num_tokens // 4 if prefix.num_shots else 0))
-        check_memory(
-            prefix_bytes(model.config, capacity, model.dtype),
-            purpose=f"a prefix of {num_tokens} tokens",
-            remedy="Send fewer examples, or try again later.",
-            device=model.device,
-        )
+        try:
+            check_memory(
+                prefix_bytes(model.config, capacity, model.dtype),
+                purpose=f"a prefix of {num_tokens} tokens",
+                remedy="Send fewer examples, or try again later.",
+                device=model.device,
+            )
+        except BudgetError as error:
+            raise ShortMemoryError(str(error)) from error
         buffer = StatesBuffer(capacity)
         buffer.claim(0, prefix.num_tokens)
         if prefix.states:

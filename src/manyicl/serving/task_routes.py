@@ -1,12 +1,15 @@
 """Addresses beyond OpenAI's: label probabilities in batches, appending examples, what a task is made of, and how good it is."""
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from manyicl.errors import UserInputError
-from manyicl.serving.backends import Prepared, TaskSpec
+from manyicl.serving.backends import Prepared, Scored, TaskSpec
 from manyicl.serving.database import TaskRow
 from manyicl.serving.errors import ApiError
 from manyicl.serving.measuring import MIN_CALIBRATION, Measured, Scores, Split, measure, temper
@@ -37,7 +40,7 @@ from manyicl.serving.service import (
     until,
     while_connected,
 )
-from manyicl.serving.store import Owned
+from manyicl.serving.threads import run_whole
 from manyicl.serving.training_files import check_labels, check_text
 from manyicl.tasks.task import Example
 
@@ -67,10 +70,8 @@ def show_task(row: TaskRow, service: Service) -> TaskFacts:
     )
 
 
-@router.post("/classify")
-async def classify(
-    request: Request, body: ClassifyRequest, owned: OwnedNow, service: ServiceNow, deadline: Deadline
-) -> Classification:
+@router.post("/classify", response_model=Classification)
+async def classify(request: Request, body: ClassifyRequest, owned: OwnedNow, service: ServiceNow, deadline: Deadline) -> Response:
     """The most probable label of each input, with probabilities."""
     served = await find_served(service, owned, body.model)
     if not served.spec.labels:
@@ -80,14 +81,22 @@ async def classify(
     if len(inputs) > service.limits.max_inputs:
         message = f"{len(inputs)} inputs; at most {service.limits.max_inputs} are taken at once."
         raise ApiError(400, message, code="too_many_inputs", param="input")
+    num_told = min(body.top_labels or len(served.spec.labels), len(served.spec.labels))
+    if len(inputs) * num_told > service.limits.max_probabilities:
+        most = service.limits.max_probabilities
+        message = f"{len(inputs)} inputs with {num_told} labels each; at most {most} probabilities are told at once. "
+        raise ApiError(400, message + "Send fewer inputs, or give top_labels.", code="too_many_probabilities", param="top_labels")
     texts = [check_input(text, f"input.{place}", service) for place, text in enumerate(inputs)]
     scored = await while_connected(request, service.backend.score(served.spec, texts, deadline=deadline))
+    content = await in_thread(write_classification, served, scored, num_told)
+    return Response(content, media_type="application/json")
+
+
+def write_classification(served: Served, scored: Scored, num_told: int) -> str:
+    """The answer as JSON, of which the event loop should not make much."""
     temperature = served.row.temperature if served.row is not None else 1.0
-    tempered = temper(np.asarray(scored.log_probabilities, dtype=np.float64), temperature)
-    data = [
-        show_scores(served.spec, place, np.exp(tempered[place]), scored.num_shots[place], body.top_labels)
-        for place in range(len(texts))
-    ]
+    probabilities = np.exp(temper(np.asarray(scored.log_probabilities, dtype=np.float64), temperature))
+    data = [show_scores(served.spec, place, own, scored.num_shots[place], num_told) for place, own in enumerate(probabilities)]
     cached, computed = sum(scored.cached_tokens), sum(scored.computed_tokens)
     usage = Usage(
         prompt_tokens=cached + computed,
@@ -95,7 +104,7 @@ async def classify(
         total_tokens=cached + computed,
         prompt_tokens_details=PromptDetails(cached_tokens=cached),
     )
-    return Classification(model=body.model, data=data, usage=usage)
+    return Classification(model=served.name, data=data, usage=usage).model_dump_json()
 
 
 def check_input(text: str, param: str, service: Service) -> str:
@@ -110,14 +119,14 @@ def check_input(text: str, param: str, service: Service) -> str:
         raise ApiError(400, f"{param}: {error}", code="invalid_value", param=param) from error
 
 
-def show_scores(spec: TaskSpec, place: int, probabilities: Scores, num_shots: int, top_labels: int | None) -> Classified:
+def show_scores(spec: TaskSpec, place: int, probabilities: Scores, num_shots: int, num_told: int) -> Classified:
     """The labels of one input, the most probable first."""
-    order = [int(index) for index in np.argsort(-probabilities, kind="stable")]
+    order = np.argsort(-probabilities, kind="stable")[:num_told].tolist()
     return Classified(
         index=place,
         label=spec.labels[order[0]],
         probability=float(probabilities[order[0]]),
-        probabilities={spec.labels[index]: float(probabilities[index]) for index in order[:top_labels]},
+        probabilities={spec.labels[index]: float(probabilities[index]) for index in order},
         num_shots=num_shots,
     )
 
@@ -125,24 +134,51 @@ def show_scores(spec: TaskSpec, place: int, probabilities: Scores, num_shots: in
 @router.get("/tasks/{name}")
 async def get_task(name: Name, owned: OwnedNow, service: ServiceNow) -> TaskFacts:
     """What a task is made of, and what it costs."""
-    row = (await find_task(service, owned, name)).row
-    assert row is not None
-    return show_task(row, service)
+    return show_task(_row_of(await find_task(service, owned, name)), service)
 
 
 @router.post("/tasks/{name}/examples")
-async def append_examples(name: Name, body: NewExamples, owned: OwnedNow, service: ServiceNow) -> TaskFacts:
+async def append_examples(
+    request: Request, name: Name, body: NewExamples, owned: OwnedNow, service: ServiceNow, deadline: Deadline
+) -> TaskFacts:
     """Add examples behind those of a task. Only they are computed; they are kept when this is answered."""
     first = await find_task(service, owned, name)
-    async with service.changes[first.spec.key]:
+    async with _changing(service, first.spec.key, deadline):
         served = await find_task(service, owned, name)
-        row = await _append(served, body, owned, service)
+        if served.spec.key != first.spec.key:
+            message = f"'{name}' was deleted and made again meanwhile. Look at it and try again."
+            raise ApiError(409, message, code="task_changed", param="name")
+        longer = _lengthen(served, body, service)
+        num_old = len(served.spec.examples)
+        prepared: Prepared = await while_connected(request, until(deadline, service.backend.extend(longer, num_old)))
+        # From here on it is kept, also for a client who leaves; the lock is held until it is.
+        row = await run_whole(owned.append_examples, _row_of(served), longer.examples[num_old:], prepared)
     return show_task(row, service)
 
 
-async def _append(served: Served, body: NewExamples, owned: Owned, service: Service) -> TaskRow:
+@asynccontextmanager
+async def _changing(service: Service, key: str, deadline: float) -> AsyncGenerator[None, None]:
+    """Hold the lock of a task, which is waited for until the deadline."""
+    lock = service.changes[key]
+    await until(deadline, lock.acquire())
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _row_of(served: Served) -> TaskRow:
     assert served.row is not None
-    before, limits = served.row, service.limits
+    return served.row
+
+
+def _lengthen(served: Served, body: NewExamples, service: Service) -> TaskSpec:
+    """A task with further examples.
+
+    Raises:
+        ApiError: they are not as they have to be, or the task is not as the client has it.
+    """
+    before, limits = _row_of(served), service.limits
     if body.after is not None and body.after != before.num_examples:
         message = f"'{served.name}' has {before.num_examples} examples, not {body.after}. Look at it and try again."
         raise ApiError(409, message, code="task_changed", param="after")
@@ -159,9 +195,7 @@ async def _append(served: Served, body: NewExamples, owned: Owned, service: Serv
         check_labels(added, served.spec.labels)
     except UserInputError as error:
         raise ApiError(400, str(error), code="invalid_value", param="examples") from error
-    longer = TaskSpec(served.spec.key, served.spec.examples + added, served.spec.labels, served.spec.instruction)
-    prepared: Prepared = await service.backend.extend(longer, before.num_examples)
-    return await in_thread(owned.append_examples, before, added, prepared)
+    return replace(served.spec, examples=served.spec.examples + added)
 
 
 @router.post("/tasks/{name}/quality")

@@ -25,6 +25,7 @@ from manyicl.tasks.task import Example
 _SYSTEM_ROLES = ("system", "developer")
 _MESSAGE_FIELDS = {"role", "content", "weight", "name"}
 _CONTROL = "\x00"
+_LABELLED_SHARE = 0.8  # Of examples whose answers recur: then those that do not are odd.
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,18 @@ def infer_labels(examples: Sequence[Example]) -> tuple[str, ...]:
         shown = ", ".join(f"{twin!r} ({answers[twin]} examples)" for twin in twins)
         raise TaskError(f"the labels {shown} differ only in case. Write one everywhere, or list both in the job's `labels`.")
     return tuple(sorted(answers))
+
+
+def find_lone_answer(examples: Sequence[Example]) -> tuple[Example, str] | None:
+    """An example for whose answer alone all may be read as free text, and what to say of it; None where nothing is odd."""
+    answers = Counter(example.answer for example in examples)
+    lone = [example for example in examples if answers[example.answer] == 1]
+    if not lone or len(lone) > (1 - _LABELLED_SHARE) * len(examples):
+        return None
+    return lone[0], (
+        f"the answer {lone[0].answer!r} stands once only, as {len(lone)} of {len(answers)} answers do, so that all are "
+        "read as free text. If they are labels, correct it, add an example of it, or list the labels"
+    )
 
 
 def check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:

@@ -78,6 +78,11 @@ class VllmBackend(OpenAIBackend):
             limits=limits,
         )
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether vLLM has not ended."""
+        return self._child is not None and self._child.returncode is None
+
     async def start(self) -> None:
         """Start vLLM and wait until it has loaded the model.
 

@@ -1,6 +1,8 @@
 """The command line: thin commands that read arguments, call one function and print. `--help` loads no torch."""
 
+import atexit
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -322,11 +324,18 @@ def _parse_shots(text: str) -> tuple["Shots", ...]:
 
 def main() -> None:
     """Run the command line; errors of users end with exit code 2 and a message, not a traceback."""
+    code: str | int | None = 0
     try:
         app()
-    except UserInputError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    except SystemExit as end:
+        code = end.code
     except ManyICLError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        code = 2 if isinstance(error, UserInputError) else 1
+    if isinstance(code, int) and os.environ.get("WORLD_SIZE", "1") != "1":
+        # Threads of torch's process groups that outlive them sometimes abort the interpreter's end, whatever the code.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

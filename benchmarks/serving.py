@@ -107,9 +107,9 @@ class Measurement:
     def run(self) -> dict[str, Any]:
         """Every part, agreement first."""
         with serving(self.folder / "data", self.arguments.threads) as address:
-            make_task(address, "warm", self.make_examples(20))
+            make_task(address, "warm", self.make_examples(20), self.labels)
             parts = {"posted_to_answer": self.measure_posted(address)}
-            make_task(address, "tickets", self.examples)
+            make_task(address, "tickets", self.examples, self.labels)
             parts["agreement"] = self.compare(address)
             with self.vllm() as peer:
                 parts["throughput"] = self.measure_throughput(address, peer)
@@ -117,6 +117,7 @@ class Measurement:
             parts["during_prefill"] = self.measure_during_prefill(address)
         capacity = statistics.median(parts["throughput"]["served_queries_per_second"])
         parts["overload"] = self.measure_overload(capacity)
+        print(json.dumps(parts), file=sys.stderr, flush=True)  # The rest takes a while; what is known is told.
         parts["restart"] = self.measure_restart()
         loaded = self.engine.loaded
         task = {
@@ -136,7 +137,7 @@ class Measurement:
             examples = self.make_examples(self.arguments.examples)
             bare.append(timed(lambda: self.engine.prefill(examples))[1])  # noqa: B023
             start = time.perf_counter()
-            make_task(address, f"posted-{number}", examples)
+            make_task(address, f"posted-{number}", examples, self.labels)
             classify(address, f"posted-{number}", examples[0].input)
             served.append(time.perf_counter() - start)
         ratio = statistics.median(one / other for one, other in zip(served, bare, strict=True))
@@ -205,7 +206,7 @@ class Measurement:
             return 1000 * timed(lambda: caller.call("POST", "/v1/classify", {"model": "tickets", "input": text}))[1]
 
         alone = [ask(text) for text in texts[:40]]
-        job = start_job(caller, "beside", self.make_examples(self.arguments.examples))
+        job = start_job(caller, "beside", self.make_examples(self.arguments.examples), self.labels)
         beside: list[float] = []
         while read_job(caller, job)["status"] in ("queued", "running"):
             beside.append(ask(texts[len(beside) % len(texts)]))
@@ -217,7 +218,7 @@ class Measurement:
         """Many more requests than can be answered, at a service whose queue holds one batch; it answers as before afterwards."""
         rate = OVERLOAD * capacity
         with serving(self.folder / "overload", self.arguments.threads, "--max-queue", str(self.arguments.callers)) as address:
-            make_task(address, "tickets", self.examples)
+            make_task(address, "tickets", self.examples, self.labels)
             bodies = [{"model": "tickets", "input": text} for text in self.make_queries()]
             before, _, waited = call_in_turn(address, "/v1/classify", bodies, callers=self.arguments.callers)
             job = {
@@ -251,7 +252,7 @@ class Measurement:
         data, tasks = self.folder / "restart", self.arguments.tasks
         with serving(data, self.arguments.threads) as address:
             for number in range(tasks):
-                make_task(address, f"task-{number}", self.make_examples(40))
+                make_task(address, f"task-{number}", self.make_examples(40), self.labels)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.arguments.threads)}
         bare, ready, first = [], [], []
         for _ in range(self.arguments.repeats):
@@ -378,13 +379,15 @@ def wait_for(url: str, process: subprocess.Popen[bytes], *, seconds: float, log:
     raise SystemExit(f"{url} does not answer: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
 
 
-def start_job(caller: Caller, name: str, examples: Sequence[Example]) -> str:
+def start_job(caller: Caller, name: str, examples: Sequence[Example], labels: Sequence[str]) -> str:
     """Post a file of examples and begin to make a model of it; the job's id."""
     lines = "".join(json.dumps({"prompt": example.input, "completion": example.answer}) + "\n" for example in examples)
     head = '--edge\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
     head += '--edge\r\nContent-Disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n'
     uploaded = caller.call("POST", "/v1/files", f"{head}{lines}\r\n--edge--\r\n".encode(), kind=FORM)
-    job = caller.call("POST", "/v1/fine_tuning/jobs", {"model": "base", "training_file": uploaded["id"], "suffix": name})
+    # Named, as among few examples a label may stand once, which makes all answers free text.
+    wanted = {"model": "base", "training_file": uploaded["id"], "suffix": name, "labels": labels}
+    job = caller.call("POST", "/v1/fine_tuning/jobs", wanted)
     return str(job["id"])
 
 
@@ -393,10 +396,10 @@ def read_job(caller: Caller, job: str) -> Any:
     return caller.call("GET", f"/v1/fine_tuning/jobs/{job}")
 
 
-def make_task(address: str, name: str, examples: Sequence[Example]) -> None:
+def make_task(address: str, name: str, examples: Sequence[Example], labels: Sequence[str]) -> None:
     """Make a model of examples, and wait for it."""
     caller = Caller(address)
-    job = start_job(caller, name, examples)
+    job = start_job(caller, name, examples, labels)
     while (found := read_job(caller, job))["status"] in ("queued", "running"):
         time.sleep(0.005)
     caller.close()

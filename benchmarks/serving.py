@@ -127,7 +127,7 @@ class Measurement:
             "queries": self.arguments.queries,
             "callers": self.arguments.callers,
         }
-        versions = {"machine": describe_machine(), "threads": self.arguments.threads}
+        versions = {"command": ["python", *sys.argv], "machine": describe_machine(), "threads": self.arguments.threads}
         return versions | {"model": f"{loaded.name} ({loaded.note}), {loaded.model.dtype}", "task": task} | parts
 
     def measure_posted(self, address: str) -> dict[str, Any]:
@@ -193,6 +193,7 @@ class Measurement:
             pairs.append((1000 * bare, 1000 * served))
         caller.close()
         return {
+            "pairs": len(pairs),
             "bare_p50_ms": statistics.median(bare for bare, _ in pairs),
             "served_p50_ms": statistics.median(served for _, served in pairs),
             "added_p50_ms": statistics.median(served - bare for bare, served in pairs),
@@ -330,7 +331,8 @@ class VllmServer:
     def describe(self) -> dict[str, Any]:
         """What it is."""
         version = Caller(self.address).call("GET", "/version")["version"]
-        return {"version": version, "tokens_outside_blocks": len(self._prefix) % BLOCK_TOKENS}
+        outside = len(self._prefix) % BLOCK_TOKENS
+        return {"version": version, "block_tokens": BLOCK_TOKENS, "tokens_outside_blocks": outside}
 
     def end(self) -> None:
         """End it."""

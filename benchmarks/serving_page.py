@@ -51,14 +51,14 @@ def detail_lines(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"- vLLM {throughput['vllm']['version']} gives the label of the service for {throughput['same_label_as_vllm']:.1%} of "
             "queries: it picks token by token among the labels (structured outputs), the service by the score of whole labels, and "
-            "gives the probability of every label too. vLLM keeps whole blocks of 32 tokens: "
-            f"{throughput['vllm']['tokens_outside_blocks']} tokens of the prefix are computed again for each query, and in the row "
+            "gives the probability of every label too. vLLM keeps whole blocks of "
+            f"{throughput['vllm']['block_tokens']} tokens: {throughput['vllm']['tokens_outside_blocks']} tokens of the prefix are computed again for each query, and in the row "
             "without them the prefix is another one, cut short."
         )
     lines += [
         f"- From file to answer: {_seconds(posted['served_seconds'])}; bare prefill {_seconds(posted['bare_prefill_seconds'])}, each "
         "round with other examples.",
-        f"- One caller: bare {latency['bare_p50_ms']:.1f} ms, served {latency['served_p50_ms']:.1f} ms (p50 of 100 pairs; what is added "
+        f"- One caller: bare {latency['bare_p50_ms']:.1f} ms, served {latency['served_p50_ms']:.1f} ms (p50 of {latency['pairs']} pairs; what is added "
         "is the median of the differences).",
         f"- While another task of {result['task']['examples']} examples is prepared, one caller's queries take "
         f"{beside['beside_p50_ms']:.0f} ms (p50; {beside['beside_max_ms']:.0f} at most), beside {beside['alone_p50_ms']:.0f} ms alone.",
@@ -100,7 +100,7 @@ def make_page(result: dict[str, Any]) -> str:
     lines = [
         "# The service over HTTP",
         "",
-        f"`make bench-serving`, {result['seconds_in_all'] / 60:.0f} minutes, seed 0: {machine['processor']}, {result['threads']} threads, "
+        f"`{' '.join(result['command'])}`, {result['seconds_in_all'] / 60:.0f} minutes: {machine['processor']}, {result['threads']} threads, "
         f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}. The model is {result['model']}; the "
         f"task has {result['task']['examples']} made-up examples ({result['task']['prefix_tokens']:,} tokens) of "
         f"{len(result['task']['labels'])} labels. Services run as processes of their own, the bare engine in a third; they take turns. "

@@ -1,7 +1,8 @@
 """Builders that the tests of the model side share: rows, runs and a plain reference of the loss."""
 
+import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import yaml
 
 from manyicl.config import EpisodesConfig, ObjectiveConfig, Recipe, parse_recipe
 from manyicl.encoding import Encoder, encode_episode
+from manyicl.engines.native import NativeEngine
 from manyicl.episodes import Episode
 from manyicl.packing import Row
+from manyicl.serving.backends import BackendLimits
+from manyicl.serving.native_backend import NativeBackend
 from manyicl.tasks.task import Example, Task
 from manyicl.training import to_tensors
 
@@ -197,3 +201,17 @@ def write_tiny_gguf(path: Path, model: Any, tokenizer: Any, *, end_token: bool =
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def run_backend(engine: NativeEngine, folder: Path, scenario: Callable[[NativeBackend], Awaitable[Any]], **limits: Any) -> Any:
+    """What a coroutine function returns that is given a started backend; it is stopped after."""
+
+    async def whole() -> Any:
+        backend = NativeBackend(lambda: engine, folder, BackendLimits(**limits))
+        await backend.start()
+        try:
+            return await asyncio.wait_for(scenario(backend), 60)
+        finally:
+            await asyncio.wait_for(backend.stop(), 20)
+
+    return asyncio.run(whole())

@@ -17,9 +17,10 @@ from manyicl.errors import BudgetError, DeadlineError, OverloadedError, StorageE
 from manyicl.sampling import TokenStreams
 from manyicl.scoring import generate_answers
 from manyicl.serving import task_prefixes
-from manyicl.serving.backends import BackendLimits, GenerationOptions, TaskSpec
+from manyicl.serving.backends import GenerationOptions, TaskSpec
 from manyicl.serving.native_backend import NativeBackend, open_native_engine
 from manyicl.tasks.task import Example
+from model_fixtures import run_backend
 from serving_fixtures import copy_of, count_comparisons
 
 LABELS = ("odd", "even", "neither of them")
@@ -80,15 +81,7 @@ def serve(engine, tmp_path):
     """Run a coroutine function with a started backend: serve(scenario, engine=…, max_queue=…)."""
 
     def run(scenario, *, engine=engine, folder=tmp_path / "prefixes", **limits):
-        async def whole():
-            backend = NativeBackend(lambda: engine, folder, BackendLimits(**limits))
-            await backend.start()
-            try:
-                return await asyncio.wait_for(scenario(backend), 60)
-            finally:
-                await asyncio.wait_for(backend.stop(), 20)
-
-        return asyncio.run(whole())
+        return run_backend(engine, folder, scenario, **limits)
 
     return run
 
@@ -784,7 +777,7 @@ def test_after_a_storm_of_queries_nothing_is_left_waiting_and_every_answer_was_r
 
     async def query(backend, number):
         place, text = draw.randrange(4), draw.randrange(5)
-        await asyncio.sleep(draw.random() * 0.5)
+        await asyncio.sleep(draw.random() * 1.5)
         deadline = time.monotonic() + draw.random() * 0.05 if number % 7 == 0 else None
         try:
             if number % 3:
@@ -818,7 +811,7 @@ def test_after_a_storm_of_queries_nothing_is_left_waiting_and_every_answer_was_r
         assert len(asyncio.all_tasks()) == 3  # This one, the one that awaits it, and the batcher's.
 
     serve(scenario, max_queue=40)
-    assert counts["answered"] > 60  # How many depends on how busy the machine is.
+    assert counts["answered"] > 300
     assert counts[DeadlineError] > 0
 
 

@@ -1,6 +1,10 @@
 """The commands from end to end on tiny models, in this process; what users get wrong is in test_cli_errors.py."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -111,3 +115,33 @@ def test_shots_are_read_from_a_list(text, expected):
 def test_other_shots_are_refused(text):
     with pytest.raises(UserInputError, match=r"--shots .* is neither a number nor max\. Write for instance 0,4,16,max"):
         cli._parse_shots(text)
+
+
+# As threads of torch's process groups now and then do, something aborts the process while the interpreter ends.
+ABORTING = """
+import atexit, os
+from manyicl import cli
+from manyicl.errors import UserInputError
+
+class Aborting:
+    def __del__(self, abort=os.abort):
+        abort()
+
+held = Aborting()
+atexit.register(print, "what was registered is done")
+
+def fail():
+    raise UserInputError("not like this")
+
+cli.app = fail
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("size", "code"), [("1", -signal.SIGABRT), ("2", 2)])
+def test_a_process_among_several_ends_with_its_own_code(size, code):
+    environment = os.environ | {"WORLD_SIZE": size, "RANK": "0"}
+    ended = subprocess.run([sys.executable, "-c", ABORTING], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert "error: not like this" in ended.stderr
+    assert ended.stdout == "what was registered is done\n"

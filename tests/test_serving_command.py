@@ -127,16 +127,6 @@ def test_a_look_at_what_is_no_services_folder_changes_nothing(tmp_path: Path, ru
     assert not (data / "service.sqlite").exists()
 
 
-@pytest.mark.parametrize(("max_queue", "at_once"), [(1024, 64), (8, 8)])
-def test_a_measurement_asks_no_more_at_once_than_may_wait(
-    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, max_queue: int, at_once: int
-) -> None:
-    asked: list[Settings] = []
-    monkeypatch.setattr("manyicl.serving.app.run_server", lambda settings, backend, log_level: asked.append(settings))
-    assert run_cli("serve", "--model", "default", "--data-dir", tmp_path, "--max-queue", max_queue)[0] == 0
-    assert [settings.limits.measured_at_once for settings in asked] == [at_once]
-
-
 def test_every_event_of_a_long_job_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     polls = 0
 

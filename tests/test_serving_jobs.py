@@ -48,6 +48,15 @@ class Gate:
         assert await asyncio.to_thread(self.began.wait, 10)
 
 
+async def stop_while_held(runner: JobRunner, gate: Gate) -> None:
+    """Stop a runner, which has to wait for what a gate holds back."""
+    stopping = asyncio.create_task(runner.stop())
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    gate.go_on.set()
+    await stopping
+
+
 def add_job(store: Store, name: str = "tickets") -> str:
     owned = store.of("local")
     return owned.add_job(JobRequest(owned.add_file("t.jsonl", chat_file(TICKETS)).id, name, 0)).id
@@ -228,11 +237,7 @@ def test_stopping_waits_for_what_is_being_written(tmp_path: Path) -> None:
         runner.queue.claim = gate  # type: ignore[method-assign]
         runner.start()
         await gate.until_begun()
-        stopping = asyncio.create_task(runner.stop())
-        await asyncio.sleep(0.05)
-        assert not stopping.done()
-        gate.go_on.set()
-        await stopping
+        await stop_while_held(runner, gate)
 
     asyncio.run(scenario())
     job = store.of("local").job(job_id)
@@ -253,11 +258,7 @@ def test_progress_that_is_being_noted_is_waited_for(tmp_path: Path, monkeypatch:
         runner.queue.note = gate  # type: ignore[method-assign]
         runner._progress(claim)(5, 10)
         await gate.until_begun()
-        stopping = asyncio.create_task(runner.stop())
-        await asyncio.sleep(0.05)
-        assert not stopping.done()
-        gate.go_on.set()
-        await stopping
+        await stop_while_held(runner, gate)
 
     asyncio.run(scenario())
     found = [event.message for event in store.of("local").job_events(job_id, Page())[0]]

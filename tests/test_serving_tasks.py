@@ -4,7 +4,7 @@ import http.client
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from manyicl.serving import task_routes
-from manyicl.serving.backends import Scored, TaskSpec
 from manyicl.serving.measuring import fit_temperature, log_loss, split_examples, temper, wilson_interval
 from manyicl.serving.service import Served
 from manyicl.serving.settings import Limits, Settings
@@ -239,27 +238,6 @@ def test_quality_is_measured_on_held_out_examples(call: Caller, backend: FakeBac
     assert 0 <= found["log_loss"] < 0.01
     wait_for(lambda: len(backend.kept) == 1)
     assert call("POST", "/v1/tasks/tickets/quality", {"seed": 4})[1] == found
-
-
-def test_held_out_examples_are_answered_in_parts(tmp_path: Path) -> None:
-    class Noting(FakeBackend):
-        sizes: tuple[int, ...] = ()
-
-        async def score(self, spec: TaskSpec, inputs: Sequence[str], **options: Any) -> Scored:
-            self.sizes += (len(inputs),)
-            return await super().score(spec, inputs, **options)
-
-    found = []
-    for at_once, sizes in ((64, (10,)), (4, (4, 4, 2))):
-        backend = Noting(tmp_path / f"fake-{at_once}", context_tokens=5000)
-        limits = Limits(measured_at_once=at_once)
-        with serving(Settings(tmp_path / f"data-{at_once}", limits=limits), backend) as address:
-            call = Caller(address)
-            make(call, many_tickets(50))
-            found.append(call("POST", "/v1/tasks/tickets/quality", {"share": 0.2, "seed": 4})[1])
-        assert backend.sizes == sizes
-    assert found[0] == found[1]
-    assert found[0]["num_held_out"] == 10
 
 
 def test_quality_of_free_text_is_token_f1(call: Caller) -> None:

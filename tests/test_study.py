@@ -257,6 +257,9 @@ def test_results_of_another_recipe_and_changed_examples_are_refused(make, suite_
     rows.write_text(rows.read_text().replace("speed 25", "speed 2500"), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"the examples of speed have changed"):
         open_folder(recipe)
+    (Path(recipe.output) / "study.yaml").write_text("colour: blue\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"study\.yaml: is no study recipe of this version \(.*colour"):
+        open_folder(recipe)
 
 
 def test_a_record_that_was_torn_is_made_again_and_nothing_else(make):

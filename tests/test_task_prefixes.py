@@ -9,9 +9,9 @@ from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError
 from manyicl.serving import task_prefixes
-from manyicl.serving.backends import BackendLimits, ShortMemoryError, TaskSpec
-from manyicl.serving.native_backend import NativeBackend
+from manyicl.serving.backends import ShortMemoryError, TaskSpec
 from manyicl.tasks.task import Example
+from model_fixtures import run_backend
 
 LABELS = ("odd", "even")
 
@@ -28,15 +28,7 @@ def serve(tiny_loaded, tmp_path):
     engine = NativeEngine(tiny_loaded("llama"), Encoder(tiny_loaded("llama").tokenizer))
 
     def run(scenario, *, folder: Path = tmp_path / "prefixes", **limits):
-        async def whole():
-            backend = NativeBackend(lambda: engine, folder, BackendLimits(**limits))
-            await backend.start()
-            try:
-                return await asyncio.wait_for(scenario(backend), 60)
-            finally:
-                await asyncio.wait_for(backend.stop(), 20)
-
-        return asyncio.run(whole())
+        return run_backend(engine, folder, scenario, **limits)
 
     return run
 
@@ -81,36 +73,22 @@ def test_what_is_used_in_memory_stays_on_disk(serve, size_of):
     assert kept(serve, a, b, c, d, e) == ["a", "d", "e"]
 
 
-def test_what_a_task_was_before_its_extension_is_not_used_with_it(serve, size_of):
+@pytest.mark.parametrize("uses_old", [False, True], ids=["extended", "as before"])
+def test_of_a_task_and_what_it_was_before_the_one_that_is_used_stays(serve, size_of, uses_old):
     old, new, b, c = spec_of("a"), spec_of("a", 9), spec_of("b"), spec_of("c")
+    used, other = (old, new) if uses_old else (new, old)
     limit = size_of(new) + int(2.5 * size_of(old))
 
     async def scenario(backend):
         await backend.prepare(old)
         await backend.extend(new, 6)
         await backend.prepare(b)
-        await backend.score(new, ["x"])
-        await backend.prepare(c)  # In place of the old prefix.
+        await backend.score(used, ["x"])
+        await backend.prepare(c)  # In place of the other prefix.
 
     serve(scenario, max_stored_bytes=limit)
-    assert kept(serve, new, b, c) == ["a", "b", "c"]
-    assert kept(serve, old) == []
-
-
-def test_who_goes_back_to_what_a_task_was_before_uses_that(serve, size_of):
-    old, new, b, c = spec_of("a"), spec_of("a", 9), spec_of("b"), spec_of("c")
-    limit = size_of(new) + int(2.5 * size_of(old))
-
-    async def scenario(backend):
-        await backend.prepare(old)
-        await backend.extend(new, 6)
-        await backend.prepare(b)
-        await backend.score(old, ["x"])
-        await backend.prepare(c)  # In place of the new prefix.
-
-    serve(scenario, max_stored_bytes=limit)
-    assert kept(serve, old, b, c) == ["a", "b", "c"]
-    assert kept(serve, new) == []
+    assert kept(serve, used, b, c) == ["a", "b", "c"]
+    assert kept(serve, other) == []
 
 
 def test_what_was_forgotten_is_answered_once_more_and_not_kept(serve):

@@ -45,10 +45,10 @@ def train(
 
     parsed = load_recipe(recipe, overrides)
     from manyicl import runs
-    from manyicl.process_group import leaving_processes, place_among_processes
+    from manyicl.process_group import leave_processes, place_among_processes
 
-    with leaving_processes():
-        result = runs.train(parsed, resume=resume)
+    result = runs.train(parsed, resume=resume)
+    leave_processes()
     if place_among_processes()[0]:
         return
     typer.echo(

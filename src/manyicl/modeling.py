@@ -114,7 +114,7 @@ def load_model(
     run_file = folder / RUN_FILE if folder is not None else _hub_file(name, RUN_FILE)
     if run_file is None or not run_file.is_file():
         return LoadedModel(model.eval(), tokenizer, name, note, fingerprint)
-    run = _read_run_file(run_file.parent)
+    run = read_run_file(run_file.parent)
     return LoadedModel(model.eval(), tokenizer, name, run["note"], fingerprint, run["format"])
 
 
@@ -316,7 +316,7 @@ def push_to_hub(name: str | Path, repo_id: str, *, private: bool | None = None, 
     if not folder.is_dir():
         raise ModelError(f"{name}: no such folder. Give the folder of a finished run, or of an exported model.")
     _locate(str(name))
-    base = _read_run_file(folder)["base"] if (folder / "adapter_config.json").is_file() else ""
+    base = read_run_file(folder)["base"] if (folder / "adapter_config.json").is_file() else ""
     if Path(str(base)).is_absolute():
         logger.warning(
             '%s: its base model %s is a folder of this machine. Write a name that others know as "base" into %s, or push an '
@@ -382,9 +382,9 @@ def _read_adapter_run(name: str, folder: Path) -> dict[str, Any]:
     """What an adapter's folder says, its base looked for.
 
     Raises:
-        ModelError: see `_read_run_file`; or its base is a folder that is not here.
+        ModelError: see `read_run_file`; or its base is a folder that is not here.
     """
-    run = _read_run_file(folder)
+    run = read_run_file(folder)
     base = Path(str(run["base"]))
     if base.is_absolute() and not base.exists():
         raise ModelError(
@@ -394,7 +394,7 @@ def _read_adapter_run(name: str, folder: Path) -> dict[str, Any]:
     return run
 
 
-def _read_run_file(folder: Path) -> dict[str, Any]:
+def read_run_file(folder: Path) -> dict[str, Any]:
     """What manyicl.json says, for a checkpoint that of its run; for adapters of other tools, their own base model.
 
     Raises:

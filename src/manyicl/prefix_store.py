@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,6 +118,11 @@ class PrefixStore:
                     self._make_room(num_bytes)
                     writing.rename(entry)
         return key
+
+    def note_use(self, keys: Iterable[str]) -> None:
+        """Count entries as used now, the last one last; those that are no longer there are passed over."""
+        for key in keys:
+            _touch(self.folder / key)
 
     def remove(self, key: str) -> None:
         """Remove the prefix of a key from the disk, where there is one; who has it open keeps it.

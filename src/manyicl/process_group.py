@@ -7,7 +7,7 @@ process group, in which no wait for another lasts longer than a limit, and a pro
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -79,23 +79,12 @@ def join_processes(timeout_seconds: float) -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
-@contextmanager
-def leaving_processes() -> Iterator[None]:
-    """End the process group that the block has joined, if any: after a wait for the others, or at once where the block fails.
-
-    A process that exits without is sometimes aborted in the interpreter's end, whatever code it meant to exit with.
-    """
-    try:
-        yield
-    except BaseException:
-        if _are_joined():
-            with suppress(RuntimeError):  # The others may be gone; the failure above is the one to tell.
-                distributed.destroy_process_group()
-        raise
+@naming_lost_processes()
+def leave_processes() -> None:
+    """Wait for the others and end the process group that training has joined, if any; a process that exits without may abort."""
     if _are_joined():
-        with naming_lost_processes():
-            distributed.barrier()
-            distributed.destroy_process_group()
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 @naming_lost_processes()

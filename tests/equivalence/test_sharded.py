@@ -49,41 +49,41 @@ from torch.distributed.tensor import DTensor
 from manyicl.encoding import Encoder
 from manyicl.modeling import load_model, save_model
 from manyicl.objective import answer_losses, count_units
-from manyicl.process_group import gather_weights, join_processes, leaving_processes, place_among_processes
+from manyicl.process_group import gather_weights, join_processes, leave_processes, place_among_processes
 from manyicl.training import WholeModel
 from model_fixtures import Config, make_batch
 from test_sharded import ROWS, model_to_train
 
 source, output = sys.argv[1:]
 join_processes(60)
-with leaving_processes():
-    rank, size = place_among_processes()
-    for tune in ("lora", "full"):
-        loaded = load_model(source, dtype="float32")
-        model = model_to_train(loaded, tune)
-        for layer in loaded.model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        weights = list(model.parameters())
-        assert all(isinstance(weight, DTensor) for weight in weights)
-        assert sum(weight.to_local().numel() for weight in weights) < 0.6 * sum(weight.numel() for weight in weights)
+rank, size = place_among_processes()
+for tune in ("lora", "full"):
+    loaded = load_model(source, dtype="float32")
+    model = model_to_train(loaded, tune)
+    for layer in loaded.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    weights = list(model.parameters())
+    assert all(isinstance(weight, DTensor) for weight in weights)
+    assert sum(weight.to_local().numel() for weight in weights) < 0.6 * sum(weight.numel() for weight in weights)
 
-        batch, config = make_batch(Encoder(loaded.tokenizer), [ROWS[rank]]), Config({"normalisation": "answer"})
-        units = torch.tensor(float(count_units(batch, config)))
-        distributed.all_reduce(units)
-        losses = answer_losses(model, batch, config, in_head=True)
-        (losses.total / units * size).backward()
-        loss = losses.total.detach() / units
-        distributed.all_reduce(loss)
-        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
-        assert all(isinstance(gradient, DTensor) for gradient in gradients.values())
-        gathered = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-        whole = gather_weights(model, trained_only=tune == "lora")
-        if rank == 0:
-            save_file(gathered | {"loss": loss}, Path(output) / f"{tune}.safetensors")
-            save_model(WholeModel(model, whole), loaded.tokenizer, Path(output) / tune, base=source, note="")
-        else:
-            assert whole == {}
+    batch, config = make_batch(Encoder(loaded.tokenizer), [ROWS[rank]]), Config({"normalisation": "answer"})
+    units = torch.tensor(float(count_units(batch, config)))
+    distributed.all_reduce(units)
+    losses = answer_losses(model, batch, config, in_head=True)
+    (losses.total / units * size).backward()
+    loss = losses.total.detach() / units
+    distributed.all_reduce(loss)
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all(isinstance(gradient, DTensor) for gradient in gradients.values())
+    gathered = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    whole = gather_weights(model, trained_only=tune == "lora")
+    if rank == 0:
+        save_file(gathered | {"loss": loss}, Path(output) / f"{tune}.safetensors")
+        save_model(WholeModel(model, whole), loaded.tokenizer, Path(output) / tune, base=source, note="")
+    else:
+        assert whole == {}
+leave_processes()
 """
 
 # The command line, in an Accelerate that turns FSDP on without GPUs.

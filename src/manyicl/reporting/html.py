@@ -89,16 +89,15 @@ def render_report(results: StudyResults, *, command: str = "") -> str:
     )
 
 
+def _against_others(findings: Findings) -> Figure | None:
+    """What ours forgot less or more than each other method, as a table."""
+    table = forgetting_table(findings)
+    sentence = "Difference in bits per byte after whole budgets, equal in tokens; below zero ours forgets less."
+    return Figure("forgets-less", "Ours against each other method", sentence, table, is_table_open=True) if table else None
+
+
 def sections(findings: Findings) -> list[Section]:
     """The parts of the report after the claims, in reading order."""
-    forgetting = forgetting_table(findings)
-    against = forgetting and Figure(
-        "forgets-less",
-        "Ours against each other method",
-        "Difference in bits per byte after whole budgets, equal in tokens; below zero ours forgets less.",
-        forgetting,
-        is_table_open=True,
-    )
     parts: list[tuple[str, str, str, Sequence[Figure | None], Sequence[str]]] = [
         (
             "shots",
@@ -118,7 +117,7 @@ def sections(findings: Findings) -> list[Section]:
             "forgetting",
             "Forgetting",
             "bits per byte of plain text are not measured for a tuned model and the model that is not tuned.",
-            [effects.forgetting_against_gain(findings), against or None, effects.harness_table(findings)],
+            [effects.forgetting_against_gain(findings), _against_others(findings), effects.harness_table(findings)],
             [sentence] if (sentence := forgetting_sentence(findings)) else (),
         ),
         ("budget", "Budget", "no snapshot is evaluated on all held-out tasks.", [budget_curves(findings)], ()),

@@ -64,10 +64,9 @@ def serve(
     except ModuleNotFoundError as error:
         raise UserInputError("manyicl serve needs further packages. Type: pip install 'manyicl[serve]'") from error
     from manyicl.serving.backends import BackendLimits
-    from manyicl.serving.settings import Limits, Settings
+    from manyicl.serving.settings import Settings
 
-    own = Limits(measured_at_once=min(Limits.measured_at_once, max_queue))
-    settings = Settings(data_dir, host, port, api_keys, database_url, own)
+    settings = Settings(data_dir, host, port, api_keys, database_url)
     if check:
         _check_store(settings)
         return

@@ -114,12 +114,9 @@ async def measure(service: Service, owned: Owned, served: Served, split: Split, 
 
 async def _choose(service: Service, spec: TaskSpec, held_out: Sequence[Example], num_shots: int, deadline: float) -> Estimate:
     """Accuracy and calibration of labels."""
-    rows: list[tuple[float, ...]] = []
-    step = service.limits.measured_at_once
-    for first in range(0, len(held_out), step):
-        inputs = [example.input for example in held_out[first : first + step]]
-        rows += (await service.backend.score(spec, inputs, num_shots=num_shots, deadline=deadline)).log_probabilities
-    scores = np.asarray(rows, dtype=np.float64)
+    inputs = [example.input for example in held_out]
+    scored = await service.backend.score(spec, inputs, num_shots=num_shots, deadline=deadline)
+    scores = np.asarray(scored.log_probabilities, dtype=np.float64)
     gold = np.array([spec.labels.index(example.answer) for example in held_out])
     num_right = int((scores.argmax(axis=1) == gold).sum())
     low, high = wilson_interval(num_right, len(gold))

@@ -16,21 +16,20 @@ would tell of other tasks; there, and for scores of chosen tokens, the context c
 
 import asyncio
 import contextlib
-import json
 import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
 from manyicl.encoding import Encoder
 from manyicl.errors import BudgetError, DeadlineError, ManyICLError, ModelError, OverloadedError, UserInputError
 from manyicl.label_trie import LabelTrie, TokenIds, build_trie
-from manyicl.modeling import RUN_FILE, Format, load_tokenizer
+from manyicl.modeling import RUN_FILE, Format, load_tokenizer, read_run_file
 from manyicl.sampling import ShownText, read_token
 from manyicl.serving.backends import (
     BackendLimits,
@@ -76,7 +75,9 @@ def open_encoder(model: str, *, format: Format | None = None) -> Encoder:
     Raises:
         ModelError: there is no such tokenizer, or it has no chat template and the format is chat; or the run's file is broken.
     """
-    return Encoder(load_tokenizer(model), format=format or _read_format(Path(model)))
+    if format is None:
+        format = read_run_file(Path(model))["format"] if (Path(model) / RUN_FILE).is_file() else "plain"
+    return Encoder(load_tokenizer(model), format=format)
 
 
 class OpenAIBackend:
@@ -106,6 +107,7 @@ class OpenAIBackend:
         self._limits = limits or BackendLimits()
         self._server = RemoteServer(base_url, model, api_key=api_key)
         self._slots = asyncio.Semaphore(self._limits.max_batch_queries)
+        self._at_once = min(self._limits.max_batch_queries, self._limits.max_queue)  # Of one call.
         self._contexts: OrderedDict[str, tuple[TaskSpec, TaskContext]] = OrderedDict()
         self._num_running = 0
         self._is_closed = False
@@ -290,12 +292,11 @@ class OpenAIBackend:
 
     @contextlib.contextmanager
     def _admit(self, num_items: int) -> Iterator[None]:
-        """Count work that is sent on, and refuse what is too much."""
+        """Count work that is sent on, of a call of many items as much as goes at once, and refuse what is too much."""
         limit = self._limits.max_queue
         if self._is_closed:
             raise stopping()
-        if num_items > limit:
-            raise BudgetError(f"{num_items} inputs in one call are more than the {limit} allowed. Send them in parts.")
+        num_items = min(num_items, self._at_once)
         if self._num_running + num_items > limit:
             raise OverloadedError(
                 f"{self._num_running} queries are with the server and {num_items} more were sent; {limit} are allowed.",
@@ -351,7 +352,7 @@ class OpenAIBackend:
             for place, begin in left:
                 found[place] = await begin()
 
-        tasks = [asyncio.ensure_future(take()) for _ in work[: self._limits.max_batch_queries]]
+        tasks = [asyncio.ensure_future(take()) for _ in work[: self._at_once]]
         try:
             await asyncio.gather(*tasks)
             return [found[place] for place in range(len(work))]
@@ -454,17 +455,6 @@ class _AnswerReader:
         if token.startswith(ID_MARK):
             return TokenLogprob(*read_token(self._tokenizer, int(token.removeprefix(ID_MARK))), value)
         return TokenLogprob(token, token.encode(), value)
-
-
-def _read_format(folder: Path) -> Format:
-    """The format that a model's folder tells; plain where it tells none."""
-    path = folder / RUN_FILE
-    if not path.is_file():
-        return "plain"
-    try:
-        return cast(Format, json.loads(path.read_text(encoding="utf-8")).get("format", "plain"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read ({type(error).__name__}). Export the model again, or give --format.") from error
 
 
 def _make_prompt(context: TaskContext, num_tokens: int, query: TokenIds, more: TokenIds) -> TokenIds:

@@ -26,7 +26,6 @@ class Limits:
         max_inputs: Of one classification request.
         max_labels: Of one task.
         max_probabilities: Of one classification's answer: its inputs times the labels that are told of each.
-        measured_at_once: Held-out examples that a measurement has the backend answer in one call.
         request_seconds: The longest that a request may take, unless it asks for less.
         drain_seconds: How long requests in flight may go on after the service was told to stop.
     """
@@ -42,7 +41,6 @@ class Limits:
     max_inputs: int = 1000
     max_labels: int = 1000
     max_probabilities: int = 200_000
-    measured_at_once: int = 64
     request_seconds: float = 120.0
     drain_seconds: float = 30.0
 

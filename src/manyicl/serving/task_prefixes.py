@@ -10,29 +10,26 @@ cancelled leaves what it has computed in memory, where the next attempt finds it
 """
 
 import asyncio
-import contextlib
 import hashlib
 import logging
-import os
-import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
 
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError, PrefixError, StorageError
 from manyicl.label_trie import TokenIds, build_trie
 from manyicl.planning import check_memory, prefix_bytes
 from manyicl.prefix import Prefix, extend
-from manyicl.prefix_files import PREFIX_FILE, PrefixFacts, identify_prefix, read_prefix_facts
+from manyicl.prefix_files import PrefixFacts, identify_prefix, read_prefix_facts
 from manyicl.prefix_states import StatesBuffer
 from manyicl.prefix_store import PrefixStore, prefix_key
 from manyicl.serving.backends import ShortMemoryError, TaskSpec, equal_specs
 from manyicl.serving.batching import Batcher, Group, stopping
 from manyicl.serving.contexts import TaskContext, plan_context
+from manyicl.serving.threads import run_whole
 from manyicl.serving.writing import AnswerWriter
 from manyicl.tasks.task import Example
 
@@ -44,7 +41,6 @@ MAX_FRONTS = 4
 # Keys that are remembered as forgotten, far more than are forgotten in the time of a request.
 MAX_FORGOTTEN = 10_000
 
-Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 
 
@@ -143,7 +139,7 @@ class TaskPrefixes:
         async with self._lock(key):
             self._tasks.pop(key, None)
             self._fronts.pop(key, None)
-            await _run_whole(self._remove_entries, key, ())
+            await run_whole(self._remove_entries, key, ())
 
     def _lock(self, key: str) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
@@ -247,7 +243,7 @@ class TaskPrefixes:
         try:
             facts = self._facts(task.spec.key, task.spec.instruction)
             used = [entry for tasks in self._tasks.values() if (entry := tasks[-1].entry) is not None]
-            task.entry = await _run_whole(self._put, task.prefix, facts, used)
+            task.entry = await run_whole(self._put, task.prefix, facts, used)
         except StorageError as error:
             if must_keep:
                 raise
@@ -255,10 +251,7 @@ class TaskPrefixes:
 
     def _put(self, prefix: Prefix, facts: PrefixFacts, used: Sequence[str]) -> str:
         """Keep a prefix on disk, where others have been used in the order given, the last one last."""
-        for entry in used:
-            now = time.time_ns()
-            with contextlib.suppress(OSError):  # It has been evicted, or the store may only be read.
-                os.utime(self._store.folder / entry / PREFIX_FILE, ns=(now, now))
+        self._store.note_use(used)
         return self._store.put(prefix, facts)
 
     async def _drop_outdated(self, task: OpenTask, num_old: int) -> None:
@@ -268,7 +261,7 @@ class TaskPrefixes:
         context = await asyncio.to_thread(plan_context, old, self._engine.encoder, self._engine.context_tokens)
         facts = self._facts(spec.key, spec.instruction)
         kept = (prefix_key(facts, context.token_ids), prefix_key(facts, task.context.token_ids))
-        await _run_whole(self._remove_entries, spec.key, kept)
+        await run_whole(self._remove_entries, spec.key, kept)
 
     def _remove_entries(self, key: str, kept: Sequence[str]) -> None:
         """Remove every prefix of a task from disk but those kept."""
@@ -312,13 +305,3 @@ def _slices(stops: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
         if stops[stop] - stops[start] >= SLICE_TOKENS or stop + 1 == len(stops):
             yield start, stop
             start = stop
-
-
-async def _run_whole(function: Callable[..., Result], *arguments: object) -> Result:
-    """The result of a function run in a thread. A caller who is cancelled waits for its end: no write outlives the call."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        raise

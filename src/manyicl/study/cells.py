@@ -155,7 +155,7 @@ def _snapshot_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
             model = f"{final}/{number}of{recipe.num_snapshots}"
             chosen = tuple(f"evaluate/{final}/{task}" for task in suite.validation)
             for task in suite.held_out:
-                options = {"snapshot": number, "shots": "best and max", "final": final}
+                options = {"snapshot": number, "shots": "best and max", "final": final, "num_seeds": recipe.num_snapshot_seeds}
                 yield Cell(f"evaluate/{model}/{task}", (f"train/{final}", *chosen), method, task, options)
             if recipe.forgetting.corpora:
                 yield Cell(f"forgetting/{model}", (f"train/{final}",), method, options={"snapshot": number})

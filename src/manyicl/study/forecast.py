@@ -85,7 +85,7 @@ class Forecaster:
             return conditions * sum(self._evaluation(task, [recipe.robustness.num_shots], recipe.num_seeds) for task in tasks)
         shots = cell.options.get("shots", recipe.shots)
         shots = [16, "max"] if shots == "best and max" else shots
-        num_seeds = recipe.num_snapshot_seeds if "snapshot" in cell.options else recipe.num_seeds
+        num_seeds = cell.options.get("num_seeds", recipe.num_seeds)
         return sum(self._evaluation(task, shots, num_seeds) for task in tasks) + _SECONDS_A_CELL
 
     def peak_memory_bytes(self) -> int:

@@ -209,8 +209,8 @@ class Study:
         shots = cell.options.get("shots", self.recipe.shots)
         if shots == "best and max":
             shots = list(dict.fromkeys([self._best_shots(cell.options["final"]), "max"]))
-        num_seeds = self.recipe.num_snapshot_seeds if "snapshot" in cell.options else self.recipe.num_seeds
-        self._evaluate_model(self._model_path(model), cell, [cell.task], self._plan(model, tuple(shots), num_seeds=num_seeds))
+        plan = self._plan(model, tuple(shots), num_seeds=cell.options.get("num_seeds"))
+        self._evaluate_model(self._model_path(model), cell, [cell.task], plan)
         return Outcome()
 
     def _best_shots(self, model: str) -> Shots:

@@ -103,7 +103,10 @@ class StudyFolder:
             return
         if not (path.is_file() and hashes.is_file()):
             raise RecipeError(f"{self.output}: holds cells without a study.yaml and tasks.json. Choose another output.")
-        known = StudyRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        try:  # With the defaults of keys that came to recipes since.
+            known = StudyRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (ValidationError, yaml.YAMLError) as error:
+            raise RecipeError(f"{path}: is no study recipe of this version ({error}). Choose another output.") from error
         differing = _differing(recipe, known.model_dump(mode="json", exclude={"output"}))
         if differing:
             raise RecipeError(f"{self.output}: holds the results of another recipe ({differing} differ). Choose another output.")

@@ -258,7 +258,7 @@ def test_results_of_another_recipe_and_changed_examples_are_refused(make, suite_
     with pytest.raises(RecipeError, match=r"the examples of speed have changed"):
         open_folder(recipe)
     (Path(recipe.output) / "study.yaml").write_text("colour: blue\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"study\.yaml: is no study recipe of this version \(.*colour"):
+    with pytest.raises(RecipeError, match=r"(?s)study\.yaml: is no study recipe of this version \(.*colour"):
         open_folder(recipe)
 
 

@@ -11,8 +11,8 @@ probabilities for the same queries, as far as bf16 does when a prefix is compute
                        constrained to the labels, with the same callers, prefix and queries
     latency            one caller: what a query takes beyond the bare engine's time for it
     during_prefill     what one caller's queries take while another task is prepared, beside what they take otherwise
-    overload           requests at 20 times the rate of `throughput`, answered or not: what those that are admitted take, and
-                       those that are refused
+    overload           requests at the rate of `throughput` and at 20 times it, answered or not: what those that are admitted
+                       take, and those that are refused
     restart            processes with 50 tasks on disk, from their start until they are ready, over a process that imports the
                        engine and loads the model
 """
@@ -51,6 +51,7 @@ HERE = Path(__file__).parent
 TOLERANCE = 0.05  # On probabilities, on average: a bf16 prefix computed in other slices is off by a tenth of it.
 LEAST_SAME = 0.95  # Share of queries with the same best label.
 FLOOD_SECONDS = 10
+FLOOD_CONNECTIONS = 256
 OVERLOAD = 20  # Times what callers who wait get answered.
 
 BARE_LOAD = "from manyicl.serving.native_backend import open_native_engine; open_native_engine('default')"
@@ -216,37 +217,33 @@ class Measurement:
         return found | {"beside_max_ms": max(beside), "queries_meanwhile": len(beside)}
 
     def measure_overload(self, capacity: float) -> dict[str, Any]:
-        """Many more requests than can be answered, at a service whose queue holds one batch; it answers as before afterwards."""
-        rate = OVERLOAD * capacity
+        """As many requests as can be answered, and then many more, at a service whose queue holds one batch."""
         with serving(self.folder / "overload", self.arguments.threads, "--max-queue", str(self.arguments.callers)) as address:
             make_task(address, "tickets", self.examples, self.labels)
             bodies = [{"model": "tickets", "input": text} for text in self.make_queries()]
             before, _, waited = call_in_turn(address, "/v1/classify", bodies, callers=self.arguments.callers)
-            job = {
-                "address": address,
-                "path": "/v1/classify",
-                "bodies": bodies,
-                "connections": 256,
-                "rate": rate,
-                "seconds": FLOOD_SECONDS,
-            }
-            path = self.folder / "flood.json"
-            path.write_text(json.dumps(job), encoding="utf-8")
-            shown = subprocess.run([sys.executable, str(HERE / "http_load.py"), str(path)], check=True, capture_output=True)
+            at_capacity, overloaded = (self._flood(address, bodies, times * capacity) for times in (1, OVERLOAD))
             after, _, _ = call_in_turn(address, "/v1/classify", bodies, callers=self.arguments.callers)
+        return {
+            "max_queue": self.arguments.callers,
+            "before": {"queries_per_second": len(bodies) / before, "p50_ms": 1000 * statistics.median(waited)},
+            "at_capacity": at_capacity,
+            "overloaded": overloaded | {"times_capacity": OVERLOAD},
+            "admitted_p50_over_at_capacity": overloaded["statuses"]["200"]["p50_ms"] / at_capacity["statuses"]["200"]["p50_ms"],
+            "after_queries_per_second": len(bodies) / after,
+        }
+
+    def _flood(self, address: str, bodies: Sequence[Any], rate: float) -> dict[str, Any]:
+        """What became of requests at a rate, sent by another process."""
+        job = {"address": address, "path": "/v1/classify", "bodies": bodies, "connections": FLOOD_CONNECTIONS}
+        path = self.folder / "flood.json"
+        path.write_text(json.dumps(job | {"rate": rate, "seconds": FLOOD_SECONDS}), encoding="utf-8")
+        shown = subprocess.run([sys.executable, str(HERE / "http_load.py"), str(path)], check=True, capture_output=True)
         found: dict[str, Any] = json.loads(shown.stdout)
         if not set(found["statuses"]) <= {"200", "429"}:
             raise SystemExit(f"an overloaded service answered {found['statuses']}; nothing is reported")
         admitted = found["statuses"]["200"]["count"] / found["seconds"]
-        found |= {
-            "wanted_per_second": rate,
-            "times_capacity": OVERLOAD,
-            "wanted_seconds": FLOOD_SECONDS,
-            "admitted_per_second": admitted,
-            "max_queue": self.arguments.callers,
-        }
-        calm = {"queries_per_second": len(bodies) / before, "p50_ms": 1000 * statistics.median(waited)}
-        return found | {"before": calm, "after_queries_per_second": len(bodies) / after}
+        return found | {"wanted_per_second": rate, "wanted_seconds": FLOOD_SECONDS, "admitted_per_second": admitted}
 
     def measure_restart(self) -> dict[str, Any]:
         """A service on a folder of tasks that another has left, and a process that only loads the model, in turn."""

@@ -32,6 +32,8 @@ class FakeBackend:
         delay: Seconds that each prepare, score and piece takes.
         failure: An error that every call raises.
         is_alive: Whether what runs the model has not ended.
+        room: Queries that may wait for their answers.
+        asked_for_room: How many did each time that there was a further one.
     """
 
     name = "fake"
@@ -45,6 +47,12 @@ class FakeBackend:
         self.num_pieces = 0
         self.is_started = False
         self.is_alive = True
+        self.room = 1000
+        self.asked_for_room: list[int] = []
+
+    @property
+    def context_identity(self) -> str:
+        return f"fake/{self.context_tokens}"
 
     @property
     def kept(self) -> dict[str, int]:
@@ -152,6 +160,11 @@ class FakeBackend:
             yield Piece(letter, token, other or (), None, number, tokens, length)
             await asyncio.sleep(self.delay)
         yield Piece("", None, (), reason, len(text), tokens, length)
+
+    def check_room(self, num_requests: int) -> None:
+        self.asked_for_room.append(num_requests)
+        if num_requests >= self.room:
+            raise overloaded(7)
 
     def load(self) -> BackendLoad:
         return BackendLoad(2, 1, {1: 3, 4: 5}, {"disk": 7}, 100, 50)

@@ -290,11 +290,33 @@ def test_a_full_queue_refuses_at_once(serve, passes):
                 await refused
         with pytest.raises(OverloadedError, match="4 queries are waiting and 5 more were sent"):
             await backend.score(spec, ["c"] * 5)
+        with pytest.raises(OverloadedError, match="4 queries are waiting and 1 more were sent"):
+            backend.check_room(0)
         passes.open.set()
         await asyncio.gather(running, *waiting)
+        backend.check_room(3)
 
     serve(scenario, max_queue=4)
     assert len(passes.tokens) == 3
+
+
+def test_requests_that_were_read_take_places_before_their_queries_wait(serve, passes):
+    async def scenario(backend):
+        spec = spec_of()
+        await backend.prepare(spec)
+        backend.check_room(3)
+        with pytest.raises(OverloadedError, match="0 queries are waiting and 1 more were sent; the queue takes 4"):
+            backend.check_room(4)
+        passes.hold()
+        running = asyncio.create_task(backend.score(spec, ["first", "second"]))
+        await passes.until_held()
+        backend.check_room(5)  # Two of them are in the pass that is computed.
+        with pytest.raises(OverloadedError):
+            backend.check_room(6)
+        passes.open.set()
+        await running
+
+    serve(scenario, max_queue=4)
 
 
 def test_a_call_of_more_inputs_than_may_wait_is_answered_in_parts(serve):

@@ -416,8 +416,13 @@ def test_more_queries_than_allowed_are_refused(serve):
             await asyncio.sleep(0.01)
         with pytest.raises(OverloadedError, match="2 queries are with the server and 1 more were sent; 2 are allowed"):
             await write(backend, SPEC, "x")
+        with pytest.raises(OverloadedError, match="2 queries are with the server and 1 more were sent"):
+            backend.check_room(0)
         fake.hold.set()
         assert (await running).num_shots == (6, 6)
+        backend.check_room(1)
+        with pytest.raises(OverloadedError, match="0 queries are with the server and 1 more were sent"):
+            backend.check_room(2)
 
     serve("vllm", scenario, max_queue=2)
 

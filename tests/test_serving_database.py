@@ -77,7 +77,7 @@ def test_a_database_is_brought_up_to_date_once(tmp_path: Path) -> None:
     for _ in range(2):
         engine = open_database(None, tmp_path)
         with writing(engine) as connection:
-            assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
+            assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0003"
         engine.dispose()
 
 
@@ -108,7 +108,7 @@ def test_postgresql_keeps_what_tenants_own(database_url: str, tmp_path: Path) ->
     store.close()
     again = Store(Settings(tmp_path, database_url=database_url))
     assert again.read_spec(again.of("acme").task("tickets")) == spec
-    assert again.of("acme").append_examples(row, spec.examples[:2], PREPARED).num_examples == 8
+    assert again.of("acme").append_examples(row, spec.examples[:2], PREPARED, planned_with="fake").num_examples == 8
     file = again.of("acme").add_file("t", chat_file(TICKETS))
     with pytest.raises(Exception, match="A model named 'tickets' exists"):
         again.of("acme").add_job(JobRequest(file.id, "tickets", 0))

@@ -315,7 +315,7 @@ def test_old_finished_jobs_go_and_their_models_stay(tmp_path: Path) -> None:
         claim = queue.claim()
         assert claim is not None
         queue.read(claim)
-        queue.finish(claim, Prepared(6, 30, 30, (), 0.5))
+        queue.finish(claim, Prepared(6, 30, 30, (), 0.5), planned_with="fake")
     job_ids.append(add_job(store, "last"))
     owned = store.of("local")
     assert [job.id for job in owned.jobs(Page())[0]] == [job_ids[4], job_ids[3], job_ids[2]]

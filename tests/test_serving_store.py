@@ -39,7 +39,7 @@ def make_task(owned: Owned, name: str = "tickets", *, prepared: Prepared = PREPA
     claim = queue.claim()
     assert claim is not None
     queue.read(claim)
-    assert queue.finish(claim, prepared)
+    assert queue.finish(claim, prepared, planned_with="fake")
     return owned.task(name)
 
 
@@ -124,7 +124,7 @@ def test_a_task_is_offered_by_the_commit_that_makes_it_ready(store: Store, owned
     assert owned.tasks() == []
     with pytest.raises(ApiError, match="'tickets' does not exist"):
         owned.task("tickets")
-    queue.finish(claim, PREPARED)
+    queue.finish(claim, PREPARED, planned_with="fake")
     assert [row.name for row in owned.tasks()] == ["tickets"]
     assert owned.job(job.id).status == "succeeded"
 
@@ -187,7 +187,7 @@ def test_a_job_cancelled_at_the_last_moment_makes_no_model(store: Store, owned: 
     assert claim is not None
     queue.read(claim)
     owned.cancel_job(job.id)
-    assert queue.finish(claim, PREPARED) is False
+    assert queue.finish(claim, PREPARED, planned_with="fake") is False
     queue.fail(claim, "no", code="no")
     queue.note(claim, "no")
     assert (owned.job(job.id).status, owned.tasks()) == ("cancelled", [])
@@ -203,13 +203,13 @@ def test_appended_examples_stand_behind_the_others(store: Store, owned: Owned) -
     before = make_task(owned)
     old = store.read_spec(before)
     more = (Example("new", "bug"), Example("newer", "billing"))
-    after = owned.append_examples(before, more, Prepared(7, 40, 10, ((7, "too long"),), 0.25))
-    assert (after.num_examples, after.num_used, after.prefix_tokens, after.left_out) == (8, 7, 40, [[7, "too long"]])
+    after = owned.append_examples(before, more, Prepared(7, 40, 10, ((7, "too long"),), 0.25), planned_with="fake")
+    assert (after.num_examples, after.num_used, after.prefix_tokens, after.left_out) == (8, 7, 40, [[7, "too long", None]])
     assert (after.computed_tokens, after.prefill_seconds) == (40, 0.75)
     assert store.read_spec(after).examples == old.examples + more
     assert store.read_spec(before).examples == old.examples
     with pytest.raises(ApiError, match="was changed in the meantime") as raised:
-        owned.append_examples(before, more, PREPARED)
+        owned.append_examples(before, more, PREPARED, planned_with="fake")
     assert raised.value.status == 409
     assert store.check() == []
 
@@ -221,7 +221,7 @@ def test_appending_at_the_same_time_loses_nothing(store: Store, owned: Owned) ->
     def append(number: int) -> None:
         while True:
             try:
-                owned.append_examples(owned.task("tickets"), [Example(f"n{number}", "bug")], PREPARED)
+                owned.append_examples(owned.task("tickets"), [Example(f"n{number}", "bug")], PREPARED, planned_with="fake")
             except ApiError:
                 continue
             done.append(number)

@@ -119,12 +119,13 @@ def test_a_look_makes_and_removes_nothing(tmp_path: Path) -> None:
 
 def test_a_look_updates_no_tables(tmp_path: Path) -> None:
     fill(tmp_path)
-    change(tmp_path, "DROP TABLE identity", "UPDATE alembic_version SET version_num = '0001'")
-    with pytest.raises(UserInputError, match=r"tables are those of version 0001, not 0002\. Start the service once"):
+    added = ("ALTER TABLE examples DROP COLUMN line", "ALTER TABLE tasks DROP COLUMN planned_with")
+    change(tmp_path, *added, "DROP TABLE identity", "UPDATE alembic_version SET version_num = '0001'")
+    with pytest.raises(UserInputError, match=r"tables are those of version 0001, not 0003\. Start the service once"):
         Store(Settings(tmp_path), is_checked=True)
     assert read(tmp_path, "SELECT version_num FROM alembic_version") == [("0001",)]
     Store(Settings(tmp_path)).close()
-    assert read(tmp_path, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert read(tmp_path, "SELECT version_num FROM alembic_version") == [("0003",)]
 
 
 def test_a_folder_is_its_owners_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from manyicl.serving import task_routes
 from manyicl.serving.measuring import fit_temperature, log_loss, split_examples, temper, wilson_interval
 from manyicl.serving.service import Served
 from manyicl.serving.settings import Limits, Settings
+from manyicl.serving.training_files import shuffle_examples
 from manyicl.tasks.task import Example
 from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, overloaded, plain_file, serving, wait_for
 from test_serving_guard import Caller, error_of
@@ -101,6 +102,7 @@ def test_facts_of_a_task(call: Caller, backend: FakeBackend) -> None:
     assert facts.pop("created_at") > 1_700_000_000
     [left_out] = facts.pop("left_out")
     assert left_out["reason"].endswith(" tokens do not fit in " + left_out["reason"].rpartition(" ")[2])
+    assert TICKETS[left_out["line"] - 1] == shuffle_examples(TICKETS, seed=0)[left_out["position"]]
     used = facts.pop("prefix_tokens")
     assert facts == {
         "id": "tickets",
@@ -115,6 +117,31 @@ def test_facts_of_a_task(call: Caller, backend: FakeBackend) -> None:
         "context_tokens": NUM_TOKENS - 1,
         "num_left_out": 1,
     }
+
+
+def test_the_event_of_a_left_out_example_names_its_line(call: Caller, backend: FakeBackend) -> None:
+    backend.context_tokens = NUM_TOKENS - 1
+    job = make(call, chat_file(TICKETS))
+    [left_out] = call("GET", "/v1/tasks/tickets")[1]["left_out"]
+    messages = [event["message"] for event in call("GET", f"/v1/fine_tuning/jobs/{job['id']}/events")[1]["data"]]
+    expected = f"1 of 6 examples are not in the context: line {left_out['line']}: {left_out['reason']}"
+    assert [message for message in messages if "context" in message] == [expected]
+
+
+def test_facts_are_those_of_the_context_that_the_service_has_now(call: Caller, backend: FakeBackend) -> None:
+    make(call, chat_file(TICKETS))
+    before = call("GET", "/v1/tasks/tickets")[1]
+    assert (before["num_shots"], before["num_left_out"], backend.calls.count("plan")) == (6, 0, 0)
+    backend.context_tokens = NUM_TOKENS - 1  # As after a restart with another --context.
+    for _ in range(2):
+        facts = call("GET", "/v1/tasks/tickets")[1]
+        assert (facts["num_shots"], facts["num_left_out"], facts["context_tokens"]) == (5, 1, NUM_TOKENS - 1)
+        assert facts["prefix_tokens"] < NUM_TOKENS
+        assert [own["line"] is None for own in facts["left_out"]] == [False]
+        assert (facts["computed_tokens"], facts["prefill_seconds"]) == (before["computed_tokens"], before["prefill_seconds"])
+    assert backend.calls.count("plan") == 1
+    new = {"examples": [{"input": "word " * 90, "answer": "bug"}]}  # It has no line.
+    assert [own["line"] is None for own in call("POST", "/v1/tasks/tickets/examples", new)[1]["left_out"]] == [False, True]
 
 
 def test_appended_examples_change_answers_and_compute_only_themselves(call: Caller, backend: FakeBackend) -> None:

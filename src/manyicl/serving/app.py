@@ -81,7 +81,11 @@ def _build_app(settings: Settings, lifespan: Callable[[FastAPI], AbstractAsyncCo
     for routes in (openai_routes, completion_routes, task_routes, example_checks, page_routes):
         app.include_router(routes.router)
     _add_operation(app)
-    app.add_middleware(Guarded, keys=keys, limits=settings.limits)
+
+    def check_room(num_requests: int) -> None:
+        app.state.service.backend.check_room(num_requests)
+
+    app.add_middleware(Guarded, keys=keys, limits=settings.limits, check_room=check_room)
     app.add_middleware(Observed, metrics=lambda: app.state.service and app.state.service.metrics)
     # As FastAPI's documentation has it; made when it is first asked for, as that takes a third of a second.
     app.openapi = cache(partial(_describe, app, has_keys=keys is not None))  # type: ignore[method-assign]

@@ -205,6 +205,10 @@ class Backend(Protocol):
         """Tokens that demonstrations, query and answer may have together; known once started."""
 
     @property
+    def context_identity(self) -> str:
+        """What decides which examples of a task stand in its context: model, format and context; known once started."""
+
+    @property
     def is_alive(self) -> bool:
         """Whether what runs the model is there, as far as this is known without asking it; once started."""
 
@@ -261,6 +265,15 @@ class Backend(Protocol):
 
         Where demonstrations, input and answer meet the end of the context, the answer ends there. Errors are raised by the first
         step, so that a caller who takes one piece before it answers can still say so.
+        """
+
+    def check_room(self, num_requests: int) -> None:
+        """Refuse a further request before it is read, where so many that were read wait for their answers.
+
+        It takes no time, and errs on the side of letting in: calls refuse what is too much themselves, in items.
+
+        Raises:
+            OverloadedError: the queue is full, or will be by those requests.
         """
 
     def load(self) -> BackendLoad:

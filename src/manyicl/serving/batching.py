@@ -112,11 +112,16 @@ class Batcher:
         if self._is_closed:
             raise stopping()
         if self.num_waiting + min(num_items, self._max_part) > self.max_queue:
-            raise OverloadedError(
-                f"{self.num_waiting} queries are waiting and {num_items} more were sent; the queue takes {self.max_queue}. "
-                f"Try again in {self.retry_after_seconds:.1f} s.",
-                retry_after_seconds=self.retry_after_seconds,
-            )
+            raise self.overloaded(num_items)
+
+    def overloaded(self, num_items: int) -> OverloadedError:
+        """What is said to items for which there is no room."""
+        wait = self.retry_after_seconds
+        return OverloadedError(
+            f"{self.num_waiting} queries are waiting and {num_items} more were sent; the queue takes {self.max_queue}. "
+            f"Try again in {wait:.1f} s.",
+            retry_after_seconds=wait,
+        )
 
     @contextlib.contextmanager
     def admit(self, num_items: int) -> Iterator[None]:

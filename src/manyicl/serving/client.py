@@ -91,9 +91,9 @@ class Client:
         """What a task is made of."""
         return dict(self.call("GET", f"tasks/{_quote(name)}"))
 
-    def ask(self, name: str, text: str) -> str:
-        """A model's answer to an input."""
-        body = {"model": name, "messages": [{"role": "user", "content": text}]}
+    def ask(self, name: str, text: str, *, max_tokens: int = 256) -> str:
+        """A model's answer to an input, at most so many tokens of it."""
+        body = {"model": name, "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens}
         return str(self.call("POST", "chat/completions", body)["choices"][0]["message"]["content"])
 
     def classify(self, name: str, text: str) -> dict[str, float]:

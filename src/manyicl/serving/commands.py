@@ -188,6 +188,7 @@ def ask_model(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     text: Annotated[str, typer.Argument(help="The input.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Every label with its probability.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.", min=1)] = 256,
     url: Url = None,
 ) -> None:
     """Print a model's answer to an input."""
@@ -195,7 +196,7 @@ def ask_model(
 
     client = Client(url)
     if not probabilities:
-        typer.echo(client.ask(name, text))
+        typer.echo(client.ask(name, text, max_tokens=max_tokens))
         return
     for label, probability in client.classify(name, text).items():
         typer.echo(f"{probability:.4f}  {label}")

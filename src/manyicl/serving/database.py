@@ -68,7 +68,10 @@ class FileRow(Base):
 
 
 class TaskRow(Base):
-    """A task. `state` is preparing, ready or deleting; only a ready one is offered, and one without a name is to be removed."""
+    """A task. `state` is preparing, ready or deleting; only a ready one is offered, and one without a name is to be removed.
+
+    `num_used`, `prefix_tokens` and `left_out` are true for the backend's `context_identity` that stands in `planned_with`.
+    """
 
     __tablename__ = "tasks"
     __table_args__ = (UniqueConstraint("tenant", "name", name="one_task_of_a_name"),)
@@ -86,17 +89,19 @@ class TaskRow(Base):
     prefill_seconds: Mapped[float] = mapped_column(Float, default=0.0)
     temperature: Mapped[float] = mapped_column(Float, default=1.0)
     left_out: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    planned_with: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[int] = mapped_column(BigInteger)
 
 
 class ExampleRow(Base):
-    """An example of a task, at its place in the context."""
+    """An example of a task, at its place in the context; `line` of its training file, None where it was appended."""
 
     __tablename__ = "examples"
     task: Mapped[int] = mapped_column(ForeignKey("tasks.number", ondelete="CASCADE"), primary_key=True)
     position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     input: Mapped[str] = mapped_column(Text)
     answer: Mapped[str] = mapped_column(Text)
+    line: Mapped[int | None] = mapped_column(Integer)
 
 
 class JobRow(Base):

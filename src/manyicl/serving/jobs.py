@@ -115,7 +115,6 @@ class JobQueue:
         if len(labels) > self._store.limits.max_labels:
             raise UserInputError(f"{row.name}: {len(labels)} labels; a task takes {self._store.limits.max_labels}.")
         examples = shuffle_examples(training.examples, seed=claim.seed)
-        examples = tuple(Example(example.input, example.answer) for example in examples)
         with self._store.writing() as session:
             task = session.scalar(_preparing(claim))
             if task is None:
@@ -126,7 +125,8 @@ class JobQueue:
         if lone is not None:
             line = lone[0].source.rpartition(":")[2]
             self.note(claim, f"{row.name}: line {line}: {lone[1]} in the job's `labels`.", level="warn")
-        return TaskSpec(claim.task_key, examples, tuple(labels), training.instruction)
+        plain = tuple(Example(example.input, example.answer) for example in examples)  # As they are read back.
+        return TaskSpec(claim.task_key, plain, tuple(labels), training.instruction)
 
     def note(self, claim: _Claim, message: str, *, level: str = "info") -> None:
         """Add an event to a job that still runs."""
@@ -135,17 +135,17 @@ class JobQueue:
             if job is not None:
                 session.add(new_event(job, message, level=level))
 
-    def finish(self, claim: _Claim, prepared: Prepared) -> bool:
+    def finish(self, claim: _Claim, prepared: Prepared, *, planned_with: str) -> bool:
         """Offer the model; False where the job was cancelled meanwhile."""
         with self._store.writing() as session:
             job = self._find(session, claim)
             task = session.scalar(select(TaskRow).where(TaskRow.key == claim.task_key).with_for_update())
             if job is None or task is None:
                 return False
-            set_prepared(task, prepared)
+            set_prepared(session, task, prepared, planned_with=planned_with)
             task.state, job.trained_tokens = "ready", prepared.prefix_tokens
-            if prepared.left_out:
-                session.add(new_event(job, describe_left_out(prepared), level="warn"))
+            if task.left_out:
+                session.add(new_event(job, describe_left_out(task), level="warn"))
             end_job(session, job, "succeeded", f"New fine-tuned model created: {job.model_name}")
         return True
 
@@ -170,13 +170,11 @@ def _preparing(claim: _Claim) -> Select[TaskRow]:
     return select(TaskRow).where(TaskRow.key == claim.task_key, TaskRow.state == "preparing")
 
 
-def describe_left_out(prepared: Prepared) -> str:
+def describe_left_out(task: TaskRow) -> str:
     """A sentence on the examples that are not in the context."""
-    shown = "; ".join(f"example {position}: {reason}" for position, reason in prepared.left_out[:_SHOWN_LEFT_OUT])
-    more = " …" if len(prepared.left_out) > _SHOWN_LEFT_OUT else ""
-    return (
-        f"{len(prepared.left_out)} of {len(prepared.left_out) + prepared.num_used} examples are not in the context: {shown}{more}"
-    )
+    shown = "; ".join(f"line {line}: {reason}" for _, reason, line in task.left_out[:_SHOWN_LEFT_OUT])
+    more = " …" if len(task.left_out) > _SHOWN_LEFT_OUT else ""
+    return f"{task.num_examples - task.num_used} of {task.num_examples} examples are not in the context: {shown}{more}"
 
 
 class JobRunner:
@@ -264,7 +262,7 @@ class JobRunner:
             kind = f"{len(spec.labels)} labels" if spec.labels else "free text"
             await run_whole(self.queue.note, claim, f"{len(spec.examples)} examples read; {kind}.")
             prepared = await self._prepare(claim, spec)
-            await run_whole(self.queue.finish, claim, prepared)
+            await run_whole(self.queue.finish, claim, prepared, planned_with=self._backend.context_identity)
             return
         except StorageError as error:
             self._log(claim, error)

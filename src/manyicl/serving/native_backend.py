@@ -79,6 +79,11 @@ class NativeBackend:
         return self._engine.context_tokens
 
     @property
+    def context_identity(self) -> str:
+        """What decides which examples of a task stand in its context; known once started."""
+        return f"{self.name}/{self._engine.encoder.format}/{self.context_tokens}"
+
+    @property
     def is_alive(self) -> bool:
         """Whether what runs the model is there, this process."""
         return True
@@ -169,17 +174,25 @@ class NativeBackend:
                     self._computed_tokens += 1
                     yield piece
 
+    def check_room(self, num_requests: int) -> None:
+        """Refuse a further request where the queue is full; see `backends.Backend.check_room`."""
+        self._batcher.check_room(1)
+        if num_requests >= self._limits.max_queue + self._count_running():
+            raise self._batcher.overloaded(1)
+
     def load(self) -> BackendLoad:
         """How busy it is."""
-        writers = list(self._writers)
         return BackendLoad(
-            num_waiting=self._batcher.num_waiting + sum(writer.num_waiting for writer in writers),
-            num_running=self._batcher.num_running + sum(writer.num_running for writer in writers),
+            num_waiting=self._batcher.num_waiting + sum(writer.num_waiting for writer in list(self._writers)),
+            num_running=self._count_running(),
             batch_sizes=dict(self._batcher.batch_sizes),
             opened=dict(self._prefixes.opened),
             cached_tokens=self._cached_tokens,
             computed_tokens=self._computed_tokens + self._prefixes.computed_tokens,
         )
+
+    def _count_running(self) -> int:
+        return self._batcher.num_running + sum(writer.num_running for writer in list(self._writers))
 
     async def _admit(self, spec: TaskSpec, inputs: Sequence[str], deadline: float | None) -> tuple[OpenTask, list[TokenIds]]:
         """The open task and the queries' tokens; meanwhile the queries count as waiting."""

@@ -149,11 +149,12 @@ class Observed:
 
     def _note(self, scope: Scope, *, status: int, seconds: float, request_id: str) -> None:
         """Log and count; the route's template stands for the address, which may hold names."""
-        route = getattr(scope.get("route"), "path", "none")
+        state = scope.get("state", {})
+        route = getattr(scope.get("route"), "path", state.get("route", "none"))
         method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH") else "other"
         metrics = self._metrics()
         if metrics is not None:
             metrics.note_request(method=method, route=route, status=status, seconds=seconds)
         found = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6), "request": request_id}
-        tenant = scope.get("state", {}).get("tenant")
+        tenant = state.get("tenant")
         logger.info("request", extra=found | ({"tenant": tenant} if tenant else {}))

@@ -122,6 +122,11 @@ class OpenAIBackend:
         return self._context_tokens or 0
 
     @property
+    def context_identity(self) -> str:
+        """What decides which examples of a task stand in its context; known once started."""
+        return f"{self.name}/{self._encoder.format}/{self.context_tokens}"
+
+    @property
     def is_alive(self) -> bool:
         """Whether what runs the model is there; of a server that is not this one's own it is taken to be."""
         return True
@@ -265,6 +270,12 @@ class OpenAIBackend:
         except Exception as error:  # Whatever it is, whoever waits for pieces must hear of it.
             pieces.put_nowait(error)
 
+    def check_room(self, num_requests: int) -> None:
+        """Refuse a further request where as much as is allowed is with the server; see `backends.Backend.check_room`."""
+        self._check_items(1)
+        if num_requests >= self._limits.max_queue:
+            raise self._overloaded(1)
+
     def load(self) -> BackendLoad:
         """How busy it is. Passes are the server's own: it batches what reaches it at the same time."""
         return BackendLoad(
@@ -293,15 +304,8 @@ class OpenAIBackend:
     @contextlib.contextmanager
     def _admit(self, num_items: int) -> Iterator[None]:
         """Count work that is sent on, of a call of many items as much as goes at once, and refuse what is too much."""
-        limit = self._limits.max_queue
-        if self._is_closed:
-            raise stopping()
         num_items = min(num_items, self._at_once)
-        if self._num_running + num_items > limit:
-            raise OverloadedError(
-                f"{self._num_running} queries are with the server and {num_items} more were sent; {limit} are allowed.",
-                retry_after_seconds=RETRY_SECONDS,
-            )
+        self._check_items(num_items)
         self._num_running += num_items
         self._is_idle.clear()
         try:
@@ -310,6 +314,19 @@ class OpenAIBackend:
             self._num_running -= num_items
             if not self._num_running:
                 self._is_idle.set()
+
+    def _check_items(self, num_items: int) -> None:
+        if self._is_closed:
+            raise stopping()
+        if self._num_running + num_items > self._limits.max_queue:
+            raise self._overloaded(num_items)
+
+    def _overloaded(self, num_items: int) -> OverloadedError:
+        return OverloadedError(
+            f"{self._num_running} queries are with the server and {num_items} more were sent; "
+            f"{self._limits.max_queue} are allowed.",
+            retry_after_seconds=RETRY_SECONDS,
+        )
 
     async def _score_one(
         self, spec: TaskSpec, label_ids: Sequence[TokenIds], trie: LabelTrie, make_prompt: MakePrompt

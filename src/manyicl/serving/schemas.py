@@ -432,7 +432,8 @@ class NewExamples(Request):
 class LeftOut(BaseModel):
     """An example that is not in the context."""
 
-    position: int
+    position: Annotated[int, Field(description="Its place among the task's examples, which a job has shuffled, from 0.")]
+    line: Annotated[int | None, Field(description="Its line in the training file, from 1; null where it was appended.")] = None
     reason: str
 
 

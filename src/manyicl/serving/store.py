@@ -382,8 +382,11 @@ class Owned:
         with self.store.reading() as session:
             return list(session.scalars(self._own(TaskRow).where(TaskRow.state == "ready").order_by(TaskRow.number)))
 
-    def append_examples(self, before: TaskRow, examples: Sequence[Example], prepared: Prepared) -> TaskRow:
-        """Add examples behind those of a task, which is served with them from now on.
+    def append_examples(self, before: TaskRow, examples: Sequence[Example], prepared: Prepared, *, planned_with: str) -> TaskRow:
+        """Add examples behind those of a task, which is served with them from now on; without any, note how it is served now.
+
+        Args:
+            planned_with: The `context_identity` of the backend that prepared or planned it.
 
         Raises:
             ApiError: the task is not as it was `before`.
@@ -396,7 +399,7 @@ class Owned:
                 )
             add_examples(session, row, examples, start=row.num_examples)
             row.num_examples += len(examples)
-            set_prepared(row, prepared)
+            set_prepared(session, row, prepared, planned_with=planned_with)
         return row
 
     def delete_task(self, name: str) -> str:
@@ -444,20 +447,24 @@ def end_job(session: Session, job: JobRow, status: str, message: str, *, level: 
 
 
 def add_examples(session: Session, row: TaskRow, examples: Sequence[Example], *, start: int) -> None:
-    """Add examples to a task from the place `start` on."""
-    session.add_all(
-        ExampleRow(task=row.number, position=start + place, input=example.input, answer=example.answer)
-        for place, example in enumerate(examples)
-    )
+    """Add examples to a task from the place `start` on; the line of each stands in its source."""
+    for place, example in enumerate(examples, start):
+        line = int(example.source.rpartition(":")[2]) if example.source else None
+        session.add(ExampleRow(task=row.number, position=place, input=example.input, answer=example.answer, line=line))
 
 
-def set_prepared(row: TaskRow, prepared: Prepared) -> None:
+def set_prepared(session: Session, row: TaskRow, prepared: Prepared, *, planned_with: str) -> None:
     """Note what came of a task's examples."""
+    lines: dict[int, int | None] = {}
+    if prepared.left_out:
+        found = session.execute(select(ExampleRow.position, ExampleRow.line).where(ExampleRow.task == row.number))
+        lines = {entry.position: entry.line for entry in found}
     row.num_used = prepared.num_used
     row.prefix_tokens = prepared.prefix_tokens
     row.computed_tokens = (row.computed_tokens or 0) + prepared.computed_tokens
     row.prefill_seconds = (row.prefill_seconds or 0.0) + prepared.seconds
-    row.left_out = [list(entry) for entry in prepared.left_out[:_MAX_LEFT_OUT]]
+    row.left_out = [[position, reason, lines[position]] for position, reason in prepared.left_out[:_MAX_LEFT_OUT]]
+    row.planned_with = planned_with
 
 
 def _lock_folder(data_dir: Path) -> filelock.FileLock:

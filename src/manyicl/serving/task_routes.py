@@ -52,7 +52,10 @@ Name = Annotated[str, Path(description="Name of a task.")]
 
 def show_task(row: TaskRow, service: Service) -> TaskFacts:
     """A task as clients see it."""
-    left_out = [LeftOut(position=position, reason=reason) for position, reason in row.left_out]
+    left_out = [
+        LeftOut(position=position, reason=reason, line=line[0] if line else None)  # Rows of before had none.
+        for position, reason, *line in row.left_out
+    ]
     return TaskFacts(
         id=row.name or "",
         created_at=row.created_at,
@@ -132,9 +135,14 @@ def show_scores(spec: TaskSpec, place: int, probabilities: Scores, num_shots: in
 
 
 @router.get("/tasks/{name}")
-async def get_task(name: Name, owned: OwnedNow, service: ServiceNow) -> TaskFacts:
+async def get_task(request: Request, name: Name, owned: OwnedNow, service: ServiceNow, deadline: Deadline) -> TaskFacts:
     """What a task is made of, and what it costs."""
-    return show_task(_row_of(await find_task(service, owned, name)), service)
+    served = await find_task(service, owned, name)
+    row, identity = _row_of(served), service.backend.context_identity
+    if row.planned_with != identity:  # The service was started anew, with another model, format or context.
+        planned = await while_connected(request, until(deadline, service.backend.plan(served.spec)))
+        row = await run_whole(owned.append_examples, row, (), planned, planned_with=identity)
+    return show_task(row, service)
 
 
 @router.post("/tasks/{name}/examples")
@@ -152,7 +160,8 @@ async def append_examples(
         num_old = len(served.spec.examples)
         prepared: Prepared = await while_connected(request, until(deadline, service.backend.extend(longer, num_old)))
         # From here on it is kept, also for a client who leaves; the lock is held until it is.
-        row = await run_whole(owned.append_examples, _row_of(served), longer.examples[num_old:], prepared)
+        added, identity = longer.examples[num_old:], service.backend.context_identity
+        row = await run_whole(owned.append_examples, _row_of(served), added, prepared, planned_with=identity)
     return show_task(row, service)
 
 

@@ -45,7 +45,9 @@ function showCost(facts) {
     ["Prefill", seconds(facts.prefill_seconds)],
     ["Answers", facts.labels.length ? count(facts.labels.length, "label") : "free text"],
   ]);
-  $("left-out").textContent = facts.num_left_out ? `${count(facts.num_left_out, "example")} left out: ${facts.left_out[0].reason}.` : "";
+  const first = facts.left_out[0];
+  const where = first && first.line ? `line ${first.line}: ` : "";
+  $("left-out").textContent = first ? `${count(facts.num_left_out, "example")} left out: ${where}${first.reason}.` : "";
 }
 
 async function deleteTask() {

@@ -220,23 +220,40 @@ def test_two_processes_share_a_folder_and_do_no_cell_twice(make, monkeypatch):
     assert [cell.name for _, cell in calls].count(taken) == 1
 
 
-@pytest.mark.slow
-def test_a_killed_worker_is_told_from_its_exit_and_another_goes_on(make):
-    """The worker is killed in its first training; that cell is recorded as failed, and the next start does it."""
-    recipe = make(**FAST, training=SMALL["training"] | {"episodes": {"max_tokens": 400}}, budget_tokens=4000)
-    output = Path(recipe.output)
+def start_training(recipe):
+    """A process that runs the study, its worker's id and the cell that this trains at the moment."""
     code = "import sys; from manyicl.study.runner import run_study; from manyicl.study.recipe import StudyRecipe; "
     code += "run_study(StudyRecipe.model_validate_json(sys.stdin.read()))"
     runner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     runner.stdin.write(recipe.model_dump_json().encode())
     runner.stdin.close()
     deadline = time.time() + 120
-    while not (found := [path for path in output.glob("workers/[!.]*") if path.read_text().startswith("train/")]):
+    while not (found := [path for path in Path(recipe.output).glob("workers/[!.]*") if path.read_text().startswith("train/")]):
         assert time.time() < deadline
         assert runner.poll() is None
         time.sleep(0.02)
-    victim = int(found[0].name.rpartition("-")[2])
-    cell = found[0].read_text()
+    return runner, int(found[0].name.rpartition("-")[2]), found[0].read_text()
+
+
+@pytest.mark.slow
+def test_a_terminated_study_ends_its_worker_and_writes_what_is_known(make):
+    recipe = make(**FAST, training=SMALL["training"] | {"episodes": {"max_tokens": 400}}, budget_tokens=4000)
+    runner, worker, cell = start_training(recipe)
+    runner.terminate()
+    assert runner.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    results = read_results(Path(recipe.output) / "results")
+    assert {each.cell: each.status for each in results.cells}[cell] == "open"
+    assert any(each.status == "done" for each in results.cells)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told_from_its_exit_and_another_goes_on(make):
+    """The worker is killed in its first training; that cell is recorded as failed, and the next start does it."""
+    recipe = make(**FAST, training=SMALL["training"] | {"episodes": {"max_tokens": 400}}, budget_tokens=4000)
+    output = Path(recipe.output)
+    runner, victim, cell = start_training(recipe)
     os.kill(victim, signal.SIGKILL)
     assert runner.wait(timeout=240) == 0
     results = read_results(output / "results")

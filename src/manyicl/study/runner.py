@@ -22,6 +22,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -284,11 +285,29 @@ def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float 
         (folder.folder(cell.name) / "failure.json").unlink(missing_ok=True)
     deadline = None if minutes is None else time.time() + 60 * minutes
     try:
-        while _run_worker(folder, kinds, deadline):
-            pass
+        with _ended_by_sigterm():
+            while _run_worker(folder, kinds, deadline):
+                pass
     finally:
         write_results(folder.gather(), folder.output / "results")
     return folder.progress()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that the worker ends with this process."""
+    if threading.current_thread() is not threading.main_thread():  # Signals are the main thread's.
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_worker(folder: StudyFolder, kinds: Sequence[str], deadline: float | None) -> bool:

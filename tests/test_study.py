@@ -227,10 +227,11 @@ def start_training(recipe):
     runner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     runner.stdin.write(recipe.model_dump_json().encode())
     runner.stdin.close()
-    deadline = time.time() + 120
+    deadline = time.time() + 240
     while not (found := [path for path in Path(recipe.output).glob("workers/[!.]*") if path.read_text().startswith("train/")]):
-        assert time.time() < deadline
-        assert runner.poll() is None
+        if time.time() > deadline or runner.poll() is not None:
+            runner.terminate()
+            pytest.fail(f"the study has begun no training; it ended with {runner.wait()}")
         time.sleep(0.02)
     return runner, int(found[0].name.rpartition("-")[2]), found[0].read_text()
 

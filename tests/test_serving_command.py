@@ -170,6 +170,8 @@ def test_the_client_makes_asks_and_deletes(tmp_path: Path, run_cli: RunCli, monk
         assert run_cli("client", "make", "capitals", capitals, "--url", f"{address}/")[1].endswith("free text, 0.25 s\n")
         assert run_cli("client", "models")[1] == "base\ntickets\ncapitals\n"
         assert run_cli("client", "ask", "capitals", "capital of Peru")[1] == "Lima\n"
+        assert run_cli("client", "ask", "capitals", "capital of Peru", "--max-tokens", "2")[1] == "Li\n"
+        assert json.loads(run_cli("client", "show", "tickets")[1])["labels"] == ["billing", "bug"]
         shown = run_cli("client", "ask", "tickets", "my invoice", "--probabilities")[1].splitlines()
         assert [line.split()[1] for line in shown] == ["billing", "bug"]
         assert sum(float(line.split()[0]) for line in shown) == pytest.approx(1, abs=1e-3)

@@ -1,5 +1,6 @@
 """The service's commands: thin, and light to import, as `manyicl --help` shows them."""
 
+import json
 import logging
 import os
 import sys
@@ -163,6 +164,14 @@ def list_models(url: Url = None) -> None:
 
     for name in Client(url).models():
         typer.echo(name)
+
+
+@client_app.command("show")
+def show_model(name: Annotated[str, typer.Argument(help="Name of the model.")], url: Url = None) -> None:
+    """Print what a model is made of, as JSON: shots, tokens, labels, cost, and the lines that were left out."""
+    from manyicl.serving.client import Client
+
+    typer.echo(json.dumps(Client(url).show(name), indent=2, ensure_ascii=False))
 
 
 @client_app.command("make")

@@ -126,7 +126,7 @@ def page(results: StudyResults) -> str:
             "# The study: every method with the same budget",
             "",
             "Made by `manyicl study recipes/study-small.yaml` and `python benchmarks/study_page.py`; every number is in [study](study).",
-            f"{progress_line(results)} Two threads, no GPU; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
+            f"{progress_line(results)} Two processor cores, no GPU; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
             f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
             "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
             "interval of a bootstrap over tasks, queries and orders. Shots and rates are chosen on validation tasks.",

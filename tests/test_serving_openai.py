@@ -222,7 +222,8 @@ def test_examples_that_do_not_fit_are_told(client: OpenAI, backend: FakeBackend)
     assert job.status == "succeeded"
     event = client.fine_tuning.jobs.list_events(job.id).data[1]
     assert event.level == "warn"
-    assert event.message.startswith("3 of 6 examples are not in the context: example 3: 4 tokens do not fit in 0; example 4")
+    told = "3 of 6 examples are not in the context: line 1: 4 tokens do not fit in 0; line 2: 4 tokens do not fit in 0; line 6"
+    assert event.message.startswith(told)
 
 
 def test_a_job_is_cancelled(client: OpenAI, backend: FakeBackend) -> None:

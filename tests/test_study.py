@@ -14,12 +14,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from manyicl.errors import RecipeError
+from manyicl.errors import RecipeError, RecordsError
 from manyicl.records import read_records
 from manyicl.results.files import read_results, write_results
+from manyicl.study import jobs
 from manyicl.study.cells import list_cells
 from manyicl.study.jobs import Study, count_examples, count_updates, extended_rate
 from manyicl.study.recipe import METHODS, StudyRecipe, load_study_recipe
+from manyicl.study.restore import restore_folder
 from manyicl.study.runner import StudyFolder, run_study, work
 from manyicl.tasks.readers import load_suite
 from model_fixtures import count_calls
@@ -125,6 +127,52 @@ def test_a_stopped_study_goes_on_and_does_nothing_twice(make, monkeypatch):
     assert set(statuses(open_folder(recipe)).values()) == {"done"}
     work(recipe)
     assert len(calls) == len(open_folder(recipe).cells)
+
+
+def untimed(results):
+    """Results without what differs from one time to the next."""
+    blank = {"seconds": 0.0, "prefill_seconds": 0.0}
+    records = [record.model_copy(update=blank) for record in results.records]
+    models = [facts.model_copy(update={"seconds": 0.0, "peak_memory_bytes": 0}) for facts in results.models]
+    return records, models, results.corpora, results.claims["methods"], [(cell.cell, cell.status) for cell in results.cells]
+
+
+def test_a_restored_study_ends_as_one_that_was_not_interrupted(make, monkeypatch):
+    """Results alone suffice: weights are trained again when a cell asks for them, and once."""
+    study = FAST | {
+        "methods": ["in_context", "all_answers", "classic", "dedicated"],
+        "dedicated": {"rates": [1e-3], "max_epochs": 1},
+    }
+    corpus = {"forgetting": make().forgetting.model_dump()}
+    recipe, other = make(**study | corpus), make("other", **study | corpus)
+    work(recipe, kinds=["rate", "train", "forgetting", "classic", "dedicated-rate", "dedicated"])
+    write_results(open_folder(recipe).gather(), Path(recipe.output) / "results")
+    folder = open_folder(other)
+    assert restore_folder(folder, Path(recipe.output) / "results") == open_folder(recipe).progress().done
+    assert untimed(folder.gather()) == untimed(open_folder(recipe).gather())
+    calls, trained = count_calls(monkeypatch, Study, "run"), count_calls(monkeypatch, jobs, "train")
+    work(other)
+    assert {cell.kind for _, cell in calls} == {"evaluate"}
+    assert len(trained) == 1
+    work(recipe)
+    assert untimed(folder.gather()) == untimed(open_folder(recipe).gather())
+
+
+def test_what_cannot_be_restored_is_refused(make, tmp_path):
+    recipe = make(**FAST | {"methods": ["in_context", "classic"]})
+    work(recipe, kinds=["classic"])
+    results = Path(recipe.output) / "results"
+    write_results(open_folder(recipe).gather(), results)
+    with pytest.raises(RecipeError, match=r"study: cells were begun here already\. Restore into another output"):
+        restore_folder(open_folder(recipe), results)
+    changed = make("other", **FAST | {"methods": ["in_context", "classic"], "num_queries": 3})
+    with pytest.raises(RecipeError, match=r"results: holds the results of another recipe \(num_queries differ\)"):
+        restore_folder(open_folder(changed), results)
+    cells = results / "cells.json"
+    cells.write_text(cells.read_text().replace('"num_records":4', '"num_records":1'), encoding="utf-8")
+    with pytest.raises(RecordsError, match=r"its cells account for 2 of 8 records; the files are not of one writing"):
+        restore_folder(open_folder(make("other", **FAST | {"methods": ["in_context", "classic"]})), results)
+    assert not (tmp_path / "other" / "cells").exists()
 
 
 HARNESS = FAST | {"methods": ["in_context"], "forgetting": {"harness_tasks": ["odd"], "harness_limit": 7}}

@@ -88,6 +88,8 @@ class CellFacts(_Fact):
     error: str = ""
     finished: str = Field("", description="When, ISO 8601 in UTC.")
     versions: dict[str, str] = Field(default_factory=dict)
+    num_records: int = Field(0, description="Its records; those of all cells stand one after the other, in this order.")
+    facts: dict[str, Any] = Field(default_factory=dict, description="What later cells ask of it.")
 
 
 class StudyResults(BaseModel):

@@ -9,19 +9,21 @@ from manyicl.errors import RecipeError
 from manyicl.results.files import write_results
 from manyicl.study.forecast import forecast_study, show_forecast
 from manyicl.study.recipe import load_study_recipe
+from manyicl.study.restore import restore_folder
 from manyicl.study.runner import Progress, StudyFolder, run_study
 from manyicl.tasks.readers import load_suite
 
 
-def open_study(path: Path, output: str | None, kinds: Sequence[str]) -> tuple[StudyFolder, str]:
+def open_study(path: Path, output: str | None, kinds: Sequence[str], *, restore: Path | None = None) -> tuple[StudyFolder, str]:
     """The folder of a study recipe, made if it is not there, and its plan as text.
 
     Args:
         output: Folder in place of the recipe's.
         kinds: Only cells of these kinds; all unless given.
+        restore: Published results of this study to go on from, in a folder in which no cell was begun.
 
     Raises:
-        RecipeError: the recipe is wrong, a kind is unknown, or the folder belongs to another study.
+        RecipeError: the recipe is wrong, a kind is unknown, the folder belongs to another study, or cannot be restored.
     """
     recipe = load_study_recipe(path)
     if output is not None:
@@ -32,6 +34,8 @@ def open_study(path: Path, output: str | None, kinds: Sequence[str]) -> tuple[St
     for kind in kinds:
         if kind not in known:
             raise RecipeError(f"--kinds names {kind!r}, which is no kind of cell of this study ({', '.join(known)}).")
+    if restore is not None:
+        restore_folder(folder, restore)
     left = [cell for cell in folder.cells if folder.status(cell.name) != "done" and (not kinds or cell.kind in kinds)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = show_forecast(forecast_study(recipe, suite, left), done=folder.progress().done, device=device)

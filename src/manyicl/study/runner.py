@@ -108,10 +108,10 @@ class StudyFolder:
             known = StudyRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (ValidationError, yaml.YAMLError) as error:
             raise RecipeError(f"{path}: is no study recipe of this version ({error}). Choose another output.") from error
-        differing = _differing(recipe, known.model_dump(mode="json", exclude={"output"}))
+        differing = differing_keys(recipe, known.model_dump(mode="json", exclude={"output"}))
         if differing:
             raise RecipeError(f"{self.output}: holds the results of another recipe ({differing} differ). Choose another output.")
-        changed = _differing(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
+        changed = differing_keys(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
         if changed:
             raise RecipeError(f"{self.output}: the examples of {changed} have changed. Choose another output.")
 
@@ -212,7 +212,7 @@ class StudyFolder:
 
     def _cell_facts(self, cell: Cell, status: Status, result: CellResult | None) -> CellFacts:
         if result is not None:
-            taken = result.model_dump(include={"seconds", "peak_memory_bytes", "finished", "versions"})
+            taken = result.model_dump(include={"seconds", "peak_memory_bytes", "finished", "versions", "num_records", "facts"})
             return CellFacts(cell=cell.name, kind=cell.kind, status=status, **taken)
         error = ""
         if status == "failed":
@@ -337,7 +337,7 @@ def _worker_file(folder: StudyFolder, process: int) -> Path:
     return folder.output / "workers" / f"{platform.node()}-{process}"
 
 
-def _differing(wanted: dict[str, Any], known: dict[str, Any]) -> str:
+def differing_keys(wanted: dict[str, Any], known: dict[str, Any]) -> str:
     """The keys whose values differ, comma-separated; empty for none."""
     return ", ".join(sorted(key for key in wanted.keys() | known.keys() if wanted.get(key) != known.get(key)))
 

@@ -1,25 +1,24 @@
 """Builders that the tests of the model side share: rows, runs and a plain reference of the loss."""
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from manyicl.config import EpisodesConfig, ObjectiveConfig, Recipe, parse_recipe
+from manyicl.config import EpisodesConfig, LoraConfig, ObjectiveConfig, Recipe, parse_recipe
 from manyicl.encoding import Encoder, encode_episode
-from manyicl.engines.native import NativeEngine
 from manyicl.episodes import Episode
+from manyicl.modeling import add_lora, load_model, save_model
 from manyicl.packing import Row
-from manyicl.serving.backends import BackendLimits
-from manyicl.serving.native_backend import NativeBackend
 from manyicl.tasks.task import Example, Task
 from manyicl.training import to_tensors
 
 Config = ObjectiveConfig.model_validate
+Lora = LoraConfig.model_validate
+INPUT = torch.arange(3, 60).unsqueeze(0)
 
 
 def letter_example(number: int) -> Example:
@@ -112,6 +111,30 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Of one fixed input."""
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=INPUT).logits.float()
+    return found
+
+
+def randomise(model: Any, seed: int = 5) -> Any:
+    """Give an adapter weights that change the model, as B starts at zero."""
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(seed)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=draw) * 0.05)
+    return model
+
+
+def write_run(folder: Path, base: Path, tokenizer: Any) -> Any:
+    """Write a finished run's folder over a base, and return the adapted model whose logits it must give."""
+    adapted = randomise(add_lora(load_model(base, dtype="float32").model, Lora({"rank": 4, "alpha": 4}), seed=0)).eval()
+    save_model(adapted, tokenizer, folder, base=str(base), note="a note")
+    return adapted
+
+
 def make_recipe(model: Path | str, tasks: Path | str, output: Path, **sections: Any) -> Recipe:
     """A recipe of a run of seconds; sections are merged into its small defaults."""
     content: dict[str, Any] = {
@@ -201,17 +224,3 @@ def write_tiny_gguf(path: Path, model: Any, tokenizer: Any, *, end_token: bool =
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def run_backend(engine: NativeEngine, folder: Path, scenario: Callable[[NativeBackend], Awaitable[Any]], **limits: Any) -> Any:
-    """What a coroutine function returns that is given a started backend; it is stopped after."""
-
-    async def whole() -> Any:
-        backend = NativeBackend(lambda: engine, folder, BackendLimits(**limits))
-        await backend.start()
-        try:
-            return await asyncio.wait_for(scenario(backend), 60)
-        finally:
-            await asyncio.wait_for(backend.stop(), 20)
-
-    return asyncio.run(whole())

@@ -1,12 +1,19 @@
-"""A server with OpenAI's completions, as small as can be, around a loaded model."""
+"""A server with OpenAI's completions, as small as can be, around a loaded model; and a backend in front of it."""
 
 import asyncio
 import json
 import threading
+import time
 
 import torch
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+
+from manyicl.encoding import Encoder
+from manyicl.serving.backends import BackendLimits, TaskSpec
+from manyicl.serving.openai_backend import OpenAIBackend
+from manyicl.tasks.task import Example
 
 KIND = {
     "vllm": {"ids", "chosen", "echo", "usage"},
@@ -15,6 +22,8 @@ KIND = {
     "bare": {"ids"},
     "text": set(),
 }
+LABELS = ("odd", "even", "neither of them", "e")
+SPEC = TaskSpec("a" * 32, tuple(Example(f"number {number}", LABELS[number % 2]) for number in range(6)), LABELS)
 
 
 class FakeServer:
@@ -144,3 +153,38 @@ class FakeServer:
                 break
         yield chunk(choices=[], usage=self.usage(body, [prompt], len(ids) - len(prompt)))
         yield "data: [DONE]\n\n"
+
+
+def run_openai_backend(loaded, kind, scenario, *, key="secret", context_tokens=400, model="tiny", **limits):
+    """What a coroutine function returns that is given a started backend and the fake server of that kind behind it."""
+    fake = FakeServer(loaded, kind)
+    server = uvicorn.Server(uvicorn.Config(fake.app, port=0, log_level="error", ws="none", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+
+        async def whole():
+            backend = OpenAIBackend(
+                f"http://127.0.0.1:{port}/v1/",
+                model,
+                lambda: Encoder(loaded.tokenizer),
+                context_tokens=context_tokens,
+                api_key=key,
+                limits=BackendLimits(**limits),
+            )
+            try:
+                await backend.start()
+                fake.requests.clear()
+                return await asyncio.wait_for(scenario(backend, fake), 60)
+            finally:
+                fake.hold.set()
+                await asyncio.wait_for(backend.stop(), 20)
+
+        return asyncio.run(whole())
+    finally:
+        fake.hold.set()
+        server.should_exit = True
+        thread.join()

@@ -1,6 +1,10 @@
-"""Results of a study that never was: scores drawn from known chances by a seed, through the typed files of real results."""
+"""Results of a study that never was, drawn from known chances by a seed through the typed files of real ones; a report's page."""
 
+import csv
+import io
+import urllib.parse
 from collections.abc import Sequence
+from html.parser import HTMLParser
 
 import numpy as np
 
@@ -253,3 +257,52 @@ def study_results(methods: Sequence[str] = tuple(METHODS), *, with_sides: bool =
         harness=harness_facts() if with_sides else [],
     )
     return results.model_copy(update={"claims": make_claims(results)})
+
+
+class Page(HTMLParser):
+    """The text of a page, its tables by the CSV that stands below each, and all its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tables: dict[str, tuple[list[list[tuple[str, str]]], str]] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.best: list[str] = []
+        self._rows: list[list[tuple[str, str]]] = []
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = {name: value or "" for name, value in attrs}
+        self.attributes += [(tag, name, value) for name, value in known.items()]
+        self._inside.append(tag)
+        if tag == "table":
+            self._rows = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("th", "td"):
+            self._rows[-1].append((known.get("data-value", ""), ""))
+            if "best" in known.get("class", ""):
+                self.best.append(known["data-value"])
+        elif tag == "a" and "download" in known:
+            self.tables[known["download"].removesuffix(".csv")] = (self._rows, known["href"])
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if {"script", "style"} & set(self._inside):
+            return
+        self.text.append(data)
+        if {"th", "td"} & set(self._inside):
+            value, shown = self._rows[-1][-1]
+            self._rows[-1][-1] = (value, shown + data)
+
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+    def csv(self, key: str) -> list[list[str]]:
+        prefix, _, content = self.tables[key][1].partition(",")
+        assert prefix == "data:text/csv;charset=utf-8"
+        return list(csv.reader(io.StringIO(urllib.parse.unquote(content), newline="")))

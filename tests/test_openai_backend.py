@@ -1,33 +1,26 @@
 """Another server behind the same protocol, here a small one with the tiny model: scores and answers are those of our engine."""
 
-import asyncio
-import contextlib
 import json
 import shutil
-import threading
-import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
-from manyicl.errors import BudgetError, DeadlineError, ManyICLError, ModelError, OverloadedError, UserInputError
+from manyicl.errors import BudgetError, ManyICLError, ModelError, UserInputError
 from manyicl.label_trie import build_trie
-from manyicl.serving import openai_backend
-from manyicl.serving.backends import BackendLimits, GenerationOptions, TaskSpec
-from manyicl.serving.openai_backend import OpenAIBackend, open_encoder
-from manyicl.serving.remote_server import MAX_CHOSEN_TOKENS, RemoteServer, plan_requests
+from manyicl.serving.backends import TaskSpec
+from manyicl.serving.openai_backend import open_encoder
 from manyicl.tasks.task import Example
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
-from openai_fixtures import FakeServer
+from backend_fixtures import text_of, write
+from openai_fixtures import LABELS, SPEC, FakeServer, run_openai_backend
 from serving_fixtures import copy_of, count_comparisons
-
-LABELS = ("odd", "even", "neither of them", "e")
-SPEC = TaskSpec("a" * 32, tuple(Example(f"number {number}", LABELS[number % 2]) for number in range(6)), LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -43,51 +36,7 @@ def engine(loaded):
 @pytest.fixture
 def serve(loaded):
     """Run a coroutine function with a started backend and the fake server behind it: serve("vllm", scenario)."""
-    import uvicorn
-
-    def run(kind, scenario, *, key="secret", context_tokens=400, model="tiny", **limits):
-        fake = FakeServer(loaded, kind)
-        server = uvicorn.Server(uvicorn.Config(fake.app, port=0, log_level="error", ws="none", lifespan="off"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            port = server.servers[0].sockets[0].getsockname()[1]
-
-            async def whole():
-                backend = OpenAIBackend(
-                    f"http://127.0.0.1:{port}/v1/",
-                    model,
-                    lambda: Encoder(loaded.tokenizer),
-                    context_tokens=context_tokens,
-                    api_key=key,
-                    limits=BackendLimits(**limits),
-                )
-                try:
-                    await backend.start()
-                    fake.requests.clear()
-                    return await asyncio.wait_for(scenario(backend, fake), 60)
-                finally:
-                    fake.hold.set()
-                    await asyncio.wait_for(backend.stop(), 20)
-
-            return asyncio.run(whole())
-        finally:
-            fake.hold.set()
-            server.should_exit = True
-            thread.join()
-
-    return run
-
-
-async def write(backend, spec, text, **options):
-    async with contextlib.aclosing(backend.generate(spec, text, GenerationOptions(**options))) as pieces:
-        return [piece async for piece in pieces]
-
-
-def text_of(pieces):
-    return "".join(piece.text for piece in pieces)
+    return partial(run_openai_backend, loaded)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "echo"])
@@ -254,123 +203,6 @@ def test_examples_left_out_and_long_queries_are_as_with_our_own_model(serve, loa
     assert extended.computed_tokens < 10
 
 
-@pytest.mark.parametrize(
-    ("status", "error", "message"),
-    [
-        (429, OverloadedError, "has too much to do"),
-        (503, OverloadedError, "has too much to do"),
-        (400, UserInputError, r"refused the request \(status 400\)"),
-        (500, ManyICLError, "answered with status 500"),
-    ],
-)
-def test_what_the_server_refuses_is_said_without_its_words(status, error, message, serve):
-    async def scenario(backend, fake):
-        fake.fail = status
-        for call in (backend.score(SPEC, ["x"]), write(backend, SPEC, "x"), backend.prepare(SPEC)):
-            with pytest.raises(error, match=message) as raised:
-                await call
-            assert "secret text" not in str(raised.value)
-            assert ("127.0.0.1" in str(raised.value)) == (status == 500)  # Which reaches no tenant.
-            if error is OverloadedError:
-                assert raised.value.retry_after_seconds == 7.0
-        assert backend.load().num_running == 0
-
-    serve("vllm", scenario)
-
-
-def test_an_answer_that_breaks_off_is_an_error_and_no_answer(serve):
-    async def scenario(backend, fake):
-        fake.break_off = True
-        pieces = backend.generate(SPEC, "x", GenerationOptions(max_tokens=5))
-        assert (await anext(pieces)).finish_reason is None
-        with pytest.raises(ManyICLError, match="broke off in the middle of an answer"):
-            await anext(pieces)
-
-    serve("vllm", scenario)
-
-
-def test_a_server_that_is_gone_is_an_error():
-    async def scenario():
-        backend = OpenAIBackend("http://127.0.0.1:9/v1", "tiny", lambda: None, context_tokens=10)
-        with pytest.raises(ManyICLError, match=r"the server at http://127.0.0.1:9/v1 cannot be reached .*\(ConnectError\)"):
-            await backend.start()
-        await backend.stop()
-
-    asyncio.run(scenario())
-
-
-def test_a_password_in_the_address_is_used_and_not_told():
-    async def scenario():
-        server = RemoteServer("http://me:hidden@127.0.0.1:9/v1/", "tiny")
-        with pytest.raises(ManyICLError, match=r"the server at http://127\.0\.0\.1:9/v1 cannot be reached"):
-            await server.complete({})
-        assert server._client.base_url.password == "hidden"
-        await server.close()
-
-    asyncio.run(scenario())
-
-
-def test_prompts_are_made_when_it_is_their_turn_and_in_requests_of_a_bounded_size(serve, engine, monkeypatch):
-    made = []
-    make = openai_backend._make_prompt
-
-    def note(context, num_tokens, query, more):
-        made.append(query)
-        return make(context, num_tokens, query, more)
-
-    monkeypatch.setattr(openai_backend, "_make_prompt", note)
-    inputs = [f"number {number}" for number in range(9)]
-    columns = len({column for column, _ in build_trie(engine.encoder.encode_labels(LABELS)).edges})
-
-    async def scenario(backend, fake):
-        fake.hold.clear()
-        scoring = asyncio.create_task(backend.score(SPEC, inputs))
-        while len(fake.requests) < 2:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
-        begun = set(made), len(fake.requests)
-        fake.hold.set()
-        whole = await scoring
-        monkeypatch.setattr(openai_backend, "MAX_REQUEST_TOKENS", 2 * len(fake.requests[0]["prompt"][0]) + 60)
-        fake.requests.clear()
-        parts = await backend.score(SPEC, inputs[:1])
-        return begun, whole, parts, [len(request["prompt"]) for request in fake.requests]
-
-    begun, whole, parts, sizes = serve("vllm", scenario, max_batch_queries=2)
-    assert begun == ({engine.encoder.encode_query(text) for text in inputs[:2]}, 2)
-    assert parts.log_probabilities[0] == pytest.approx(whole.log_probabilities[0], abs=1e-5)
-    assert (sum(sizes), max(sizes), len(sizes)) == (columns, 2, (columns + 1) // 2)
-    expected = engine.choose(engine.prefill(SPEC.examples), inputs, [LABELS] * 9)
-    assert list(whole.log_probabilities) == [pytest.approx(own.tolist(), abs=1e-4) for own in expected]
-
-
-def test_who_reads_an_answer_slowly_keeps_no_place(serve):
-    async def scenario(backend, fake):
-        slow = backend.generate(SPEC, "x", GenerationOptions(max_tokens=20))
-        first = await anext(slow)
-        whole = await asyncio.wait_for(write(backend, SPEC, "x", max_tokens=20), 20)
-        assert backend.load().num_running == 0
-        await asyncio.wait_for(backend.stop(), 5)
-        assert text_of([first, *[piece async for piece in slow]]) == text_of(whole)
-
-    serve("vllm", scenario, max_batch_queries=1)
-
-
-def test_the_deadline_is_that_of_the_whole_answer_however_it_is_read(serve, monkeypatch):
-    values = FakeServer.values
-    monkeypatch.setattr(FakeServer, "values", lambda fake, prompt: time.sleep(0.01) or values(fake, prompt))
-
-    async def scenario(backend, fake):
-        pieces = backend.generate(SPEC, "x", GenerationOptions(max_tokens=300), deadline=time.monotonic() + 0.5)
-        await anext(pieces)
-        await asyncio.sleep(0.7)
-        assert backend.load().num_running == 0
-        with pytest.raises(DeadlineError, match="the server has not answered in the time"):
-            text_of([piece async for piece in pieces])
-
-    serve("bare", scenario)
-
-
 @pytest.mark.parametrize("kind", ["vllm", "bare"])
 def test_tokens_are_counted_also_where_chunks_hold_several(kind, serve):
     async def scenario(backend, fake):
@@ -378,71 +210,6 @@ def test_tokens_are_counted_also_where_chunks_hold_several(kind, serve):
         return await write(backend, SPEC, "x", max_tokens=20)
 
     assert serve(kind, scenario)[-1].num_tokens == 20
-
-
-def test_a_deadline_and_a_caller_who_leaves_end_the_request(serve):
-    async def scenario(backend, fake):
-        await backend.prepare(SPEC)
-        fake.hold.clear()
-        with pytest.raises(DeadlineError, match="the server has not answered in the time"):
-            await backend.score(SPEC, ["x"], deadline=time.monotonic() + 0.1)
-        with pytest.raises(DeadlineError):
-            await anext(backend.generate(SPEC, "x", GenerationOptions(), deadline=time.monotonic() + 0.1))
-        gone = asyncio.create_task(backend.score(SPEC, ["x"]))
-        await asyncio.sleep(0.1)
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
-        while fake.num_left < 3:
-            await asyncio.sleep(0.01)
-        fake.hold.set()
-        pieces = backend.generate(SPEC, "x", GenerationOptions(max_tokens=300))
-        await anext(pieces)
-        await pieces.aclose()
-        while fake.num_left < 4:
-            await asyncio.sleep(0.01)
-        assert backend.load().num_running == 0
-
-    serve("vllm", scenario)
-
-
-def test_more_queries_than_allowed_are_refused(serve):
-    async def scenario(backend, fake):
-        many = await backend.score(SPEC, ["x", "y", "z"])  # More than may be there at once, and answered in parts.
-        alone = [await backend.score(SPEC, [text]) for text in "xyz"]
-        assert many.log_probabilities == tuple(own.log_probabilities[0] for own in alone)
-        fake.hold.clear()
-        running = asyncio.create_task(backend.score(SPEC, ["x", "y"]))
-        while backend.load().num_running < 2:
-            await asyncio.sleep(0.01)
-        with pytest.raises(OverloadedError, match="2 queries are with the server and 1 more were sent; 2 are allowed"):
-            await write(backend, SPEC, "x")
-        with pytest.raises(OverloadedError, match="2 queries are with the server and 1 more were sent"):
-            backend.check_room(0)
-        fake.hold.set()
-        assert (await running).num_shots == (6, 6)
-        backend.check_room(1)
-        with pytest.raises(OverloadedError, match="0 queries are with the server and 1 more were sent"):
-            backend.check_room(2)
-
-    serve("vllm", scenario, max_queue=2)
-
-
-def test_stopping_waits_for_what_has_begun_and_refuses_the_rest(serve):
-    async def scenario(backend, fake):
-        fake.hold.clear()
-        running = asyncio.create_task(backend.score(SPEC, ["x"]))
-        while not fake.requests:
-            await asyncio.sleep(0.01)
-        stopped = asyncio.create_task(backend.stop())
-        await asyncio.sleep(0.05)
-        assert not stopped.done()
-        with pytest.raises(OverloadedError, match="the service is stopping"):
-            await backend.score(SPEC, ["x"])
-        fake.hold.set()
-        assert (await running).num_shots == (6,)
-        await stopped
-
-    serve("vllm", scenario)
 
 
 def test_a_task_that_is_forgotten_or_changed_is_read_anew(serve):
@@ -472,20 +239,6 @@ def test_a_context_is_found_without_comparing_its_examples_each_time(serve, monk
         return equal - before, len(compared) - equal
 
     assert serve("vllm", scenario) == (6, 0)
-
-
-def test_every_edge_of_a_large_trie_is_asked_for_once_and_no_request_is_too_large():
-    labels = [(first, second, 256) for first in range(200) for second in range(first % 3 + 1)]
-    trie = build_trie(labels)
-    requests = plan_requests(trie, 10_000)
-    assert max(len(tokens) for _, tokens in requests) == MAX_CHOSEN_TOKENS
-    assert all(len(set(columns)) == len(columns) for columns, _ in requests)
-    asked = {(column, token) for columns, tokens in requests for column in columns for token in tokens}
-    assert set(trie.edges) <= asked
-    assert len(requests) <= 5
-    by_three = plan_requests(trie, 3)
-    assert max(len(columns) for columns, _ in by_three) == 3
-    assert set(trie.edges) <= {(column, token) for columns, tokens in by_three for column in columns for token in tokens}
 
 
 def test_the_encoder_has_the_format_of_the_models_rows(tiny_model_folder, tmp_path):

@@ -7,15 +7,13 @@ import pytest
 import torch
 import yaml
 
-from conftest import write_rows
 from manyicl import runs
 from manyicl.checkpoints import list_checkpoints
 from manyicl.errors import ManyICLError, ModelError, RecipeError, TaskError, UserInputError
 from manyicl.files import hash_file
-from manyicl.modeling import load_model, save_model
-from manyicl.runs import EvaluationRequest, evaluate_models, measure_corpora, open_row, predict, predict_file
-from manyicl.tasks.readers import load_suite, load_task
-from manyicl.tasks.task import Example
+from manyicl.modeling import load_model
+from manyicl.runs import open_row
+from manyicl.tasks.readers import load_suite
 from manyicl.training import ManyShotTrainer
 from model_fixtures import count_calls, make_recipe
 
@@ -281,166 +279,6 @@ def test_a_run_that_diverges_leaves_its_checkpoints_and_no_model(make, tmp_path,
     assert not (tmp_path / "run" / "adapter_config.json").exists()
 
 
-def request_for(suite, *models, **fields):
-    fields = {"shots": (0, 2), "num_seeds": 1, "num_queries": 3} | fields
-    return EvaluationRequest(models=tuple(map(str, models)), tasks=str(suite), **fields)
-
-
-def test_models_are_evaluated_one_after_the_other(suite_folder, tiny_model_folder, tmp_path):
-    suite, models = suite_folder(), (tiny_model_folder("llama"), tiny_model_folder("qwen2"))
-    records = evaluate_models(request_for(suite, *models, models[0]), tmp_path / "r.jsonl")
-    assert [(record.model, record.task, record.shots) for record in records] == [
-        (str(model), "speed", shots) for model in models for shots in (0, 2)
-    ]
-    assert {record.role for record in records} == {"held_out"}
-    assert records[0].versions["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize(
-    ("fields", "tasks"),
-    [
-        ({"role": "all"}, ["colour", "size", "mood", "speed"]),
-        ({"role": "validation"}, ["mood"]),
-        ({"only": ("size", "speed")}, ["size", "speed"]),
-        ({"only": ("size",), "role": "meta_training"}, ["size"]),
-    ],
-)
-def test_tasks_are_chosen_by_role_or_name(suite_folder, tiny_model_folder, tmp_path, fields, tasks):
-    records = evaluate_models(request_for(suite_folder(), tiny_model_folder("llama"), shots=(0,), **fields), tmp_path / "r.jsonl")
-    assert [record.task for record in records] == tasks
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"role": "held-out"}, "role 'held-out' is none of meta_training, validation, held_out and all"),
-        ({"only": ("taste",)}, r"suite 'suite' has no task 'taste' \(colour, size, mood, speed\)"),
-        ({"only": ("size",), "role": "held_out"}, "task 'size' of suite 'suite' has the role meta_training, not held_out"),
-        ({"format": "markdown"}, "format 'markdown' is neither plain nor chat"),
-        ({"context_tokens": 5000}, "a context of 5000 tokens was asked of .*, which has 4096 positions"),
-        ({"context_tokens": 10}, "the longest query and its answer take 22 tokens, more than the context of 10"),
-        ({"models": ("no/such/model",)}, "no/such/model: cannot be loaded"),
-    ],
-)
-def test_wrong_requests_are_errors_and_leave_no_records(suite_folder, tiny_model_folder, tmp_path, fields, message):
-    request = request_for(suite_folder(), tiny_model_folder("llama"))
-    with pytest.raises(UserInputError, match=message):
-        evaluate_models(EvaluationRequest(**(vars(request) | fields)), tmp_path / "r.jsonl")
-    assert not (tmp_path / "r.jsonl").exists() or (tmp_path / "r.jsonl").read_bytes() == b""
-
-
-def test_the_context_limits_demonstrations(suite_folder, tiny_model_folder, tmp_path):
-    request = request_for(suite_folder(), tiny_model_folder("llama"), shots=(1, 8, "max"), context_tokens=100)
-    records = evaluate_models(request, tmp_path / "r.jsonl")
-    assert [record.shots for record in records] == ["max", 1]
-    assert 1 < records[0].num_demonstrations < 8
-    assert records[0].prefix_tokens < 100
-
-
-EXAMPLES = [Example(f"number {number}", ("odd", "even")[number % 2 == 0]) for number in range(8)]
-
-
-def test_predicting_scores_labels_that_recur(tiny_loaded):
-    answers, num_used = predict(tiny_loaded("llama"), EXAMPLES, ["number 11", "number 12"], seed=1)
-    assert num_used == 8
-    assert {answer.text for answer in answers} <= {"odd", "even"}
-    assert all(answer.log_probability < 0 for answer in answers)
-    assert predict(tiny_loaded("llama"), EXAMPLES, ["number 11", "number 12"], seed=1) == (answers, num_used)
-    assert predict(tiny_loaded("llama"), EXAMPLES, ["number 11"], seed=2)[0] != answers[:1]
-
-
-def test_predicting_writes_free_text(tiny_loaded):
-    free = [Example(f"number {number}", f"answer {number}") for number in range(4)]
-    (answer,), num_used = predict(tiny_loaded("llama"), free, ["number 9"])
-    assert (answer.choice, num_used) == (-1, 4)
-
-
-def test_predicting_nothing_is_nothing(tiny_loaded):
-    assert predict(tiny_loaded("llama"), EXAMPLES, []) == ([], 0)
-
-
-def test_options_of_demonstrations_are_not_asked_of_queries(tiny_loaded):
-    with_options = [Example(each.input, each.answer, options=("even", "odd", "none")) for each in EXAMPLES]
-    answers, _ = predict(tiny_loaded("llama"), with_options, ["number 11"])
-    assert answers == predict(tiny_loaded("llama"), EXAMPLES, ["number 11"])[0]
-
-
-def test_a_query_that_does_not_fit_is_an_error(tiny_loaded):
-    with pytest.raises(UserInputError, match="queries are never cut"):
-        predict(tiny_loaded("llama", max_position_embeddings=64), EXAMPLES, ["x" * 60])
-
-
-def test_a_file_of_queries_becomes_a_file_of_answers(tiny_model_folder, tmp_path):
-    examples = write_rows(tmp_path / "d.jsonl", [{"input": each.input, "answer": each.answer} for each in EXAMPLES])
-    queries = write_rows(tmp_path / "q.jsonl", [{"input": "number 11"}, {"input": "é ☃"}])
-    model = str(tiny_model_folder("llama"))
-    assert predict_file(model, examples, queries, tmp_path / "out" / "a.jsonl", seed=1) == (8, 8, 2)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
-    expected, _ = predict(model, EXAMPLES, ["number 11", "é ☃"], seed=1)
-    assert rows == [
-        {"input": text, "answer": answer.text, "log_probability": answer.log_probability}
-        for text, answer in zip(("number 11", "é ☃"), expected, strict=True)
-    ]
-
-
-def test_predicting_from_a_tasks_folder_reads_its_task_yaml(tiny_model_folder, tmp_path):
-    folder = tmp_path / "colours"
-    folder.mkdir()
-    (folder / "task.yaml").write_text('input: "colour of {thing}?"\nanswer: colour\nlabels: [red, green, blue]\n')
-    write_rows(folder / "train.jsonl", [{"thing": f"t{n}", "colour": ("red", "green")[n % 2]} for n in range(6)])
-    queries = write_rows(tmp_path / "q.jsonl", [{"thing": "t9"}])
-    model = str(tiny_model_folder("llama"))
-    assert predict_file(model, folder, queries, tmp_path / "a.jsonl", context_tokens=200) == (5, 6, 1)
-    (row,) = map(json.loads, (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines())
-    assert (row["input"], row["answer"] in ("red", "green", "blue")) == ("colour of t9?", True)
-    (answer,), _ = predict(model, load_task(folder), ["colour of t9?"], context_tokens=200)
-    assert (row["answer"], row["log_probability"]) == (answer.text, answer.log_probability)
-
-
-def test_a_query_without_the_options_that_its_task_has_is_an_error(tiny_loaded, small_task):
-    rows = [Example(f"n{number}", "x", options=("x", "y" * number)) for number in range(1, 4)]
-    task = small_task((), train=rows, test=())
-    assert len(predict(tiny_loaded("llama"), task, [Example("n9", "", options=("x", "z"))])[0]) == 1
-    with pytest.raises(UserInputError, match=r"query 0 \('n9'\) has no options, as the examples of task .* have\. Give it"):
-        predict(tiny_loaded("llama"), task, ["n9"])
-
-
-def test_a_run_is_read_in_the_format_that_it_was_tuned_in(suite_folder, tiny_model, byte_tokenizer, tmp_path):
-    save_model(tiny_model("llama"), byte_tokenizer, tmp_path / "model", base="", note="", format="chat")
-    assert load_model(tmp_path / "model").format == "chat"
-    found = {}
-    for format in (None, "chat", "plain"):
-        request = EvaluationRequest((str(tmp_path / "model"),), str(suite_folder()), "all", ("speed",), (2,), 1, 2, None, format)
-        found[format] = [record.prefix_tokens for record in evaluate_models(request, tmp_path / f"{format}.jsonl")]
-    assert found[None] == found["chat"] != found["plain"]
-    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "model").glob("*.safetensors")] == [0o644]
-
-
-def test_nothing_is_half_written_when_predicting_fails(tiny_model_folder, tmp_path, monkeypatch):
-    examples = write_rows(tmp_path / "d.jsonl", [{"input": each.input, "answer": each.answer} for each in EXAMPLES])
-    queries = write_rows(tmp_path / "q.jsonl", [{"input": "short"}, {"input": "x" * 5000}])
-    (tmp_path / "a.jsonl").write_text("earlier answers")
-    with pytest.raises(UserInputError, match="queries are never cut"):
-        predict_file(str(tiny_model_folder("llama")), examples, queries, tmp_path / "a.jsonl")
-    assert (tmp_path / "a.jsonl").read_text() == "earlier answers"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "d.jsonl", "q.jsonl"]
-
-
-def test_corpora_of_one_name_are_told_apart(tiny_model_folder, tmp_path):
-    paths = [tmp_path / folder / "text.txt" for folder in ("a", "b")] + [tmp_path / "other.txt"]
-    for number, path in enumerate(paths):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("some text " * (3 + number))
-    model = str(tiny_model_folder("llama"))
-    rows = measure_corpora([model, model], paths, tmp_path / "out.json", max_bytes=35, window_tokens=16)
-    assert [(row["model"], row["corpus"], row["num_bytes"]) for row in rows] == [
-        (model, str(paths[0]), 30),
-        (model, str(paths[1]), 35),
-        (model, "other.txt", 35),
-    ]
-    assert json.loads((tmp_path / "out.json").read_text())["results"] == json.loads(json.dumps(rows))
-
-
 def test_a_row_is_opened_without_the_models_weights(make, monkeypatch):
     monkeypatch.setattr(runs, "load_model", lambda *arguments, **options: pytest.fail("the weights were loaded"))
     row, tokenizer = open_row(make(), 3)
@@ -456,41 +294,6 @@ def test_shots_that_do_not_fit_are_said_before_the_first_update(tiny_model_folde
     said = [record.getMessage() for record in caplog.records if "episodes.num_shots=500" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("1 of the first 1 episodes hold fewer than episodes.num_shots=500 demonstrations, the shortest ")
-
-
-@pytest.mark.parametrize("size", [2, 5])  # Four cells: shares of two, and one process without any.
-def test_processes_share_the_cells_of_an_evaluation(suite_folder, tiny_model_folder, tmp_path, monkeypatch, size):
-    request = request_for(suite_folder(), tiny_model_folder("llama"), only=("speed", "mood"), num_seeds=2)
-    alone = evaluate_models(request, tmp_path / "alone.jsonl")
-    loads = count_calls(monkeypatch, runs, "load_model")
-    monkeypatch.setenv("WORLD_SIZE", str(size))
-    given = []
-    for rank in range(size):
-        monkeypatch.setenv("RANK", str(rank))
-        given.append(evaluate_models(request, tmp_path / "shared.jsonl"))
-    assert given[:-1] == [None] * (size - 1)
-    assert len(loads) == min(size, 4)
-    untimed = {"seconds", "prefill_seconds"}
-    assert sorted(str(each.model_dump(exclude=untimed)) for each in given[-1]) == sorted(
-        str(each.model_dump(exclude=untimed)) for each in alone
-    )
-    monkeypatch.delenv("RANK")
-    monkeypatch.delenv("WORLD_SIZE")
-    computed = count_calls(monkeypatch, runs, "_open_engine")
-    assert len(evaluate_models(request, tmp_path / "shared.jsonl")) == 8
-    assert len(computed) == 1  # The model is opened, and no cell is done again.
-    assert len((tmp_path / "shared.jsonl").read_text().splitlines()) == 8
-
-
-def test_a_last_process_gives_the_cells_asked_for_and_no_others(suite_folder, tiny_model_folder, tmp_path, monkeypatch):
-    suite, model = suite_folder(), tiny_model_folder("llama")
-    evaluate_models(request_for(suite, model, only=("speed", "mood"), num_seeds=2), tmp_path / "r.jsonl")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    request = request_for(suite, model, only=("mood",), shots=(2, 3))
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        given = evaluate_models(request, tmp_path / "r.jsonl")
-    assert [(record.task, record.seed, record.shots) for record in given] == [("mood", 0, 2), ("mood", 0, 3)]
 
 
 def test_resuming_with_another_number_of_processes_is_said(make, tmp_path, caplog):

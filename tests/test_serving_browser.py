@@ -1,31 +1,28 @@
 """The page in Chromium against a running service: a task from its examples to its deletion, and everything that goes wrong."""
 
-import asyncio
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from browser_fixtures import Opened, SteppedBackend
 from manyicl.errors import OverloadedError
 from manyicl.serving import jobs
-from manyicl.serving.backends import Prepared, TaskSpec
 from manyicl.serving.keys import add_key
 from manyicl.serving.settings import Settings
-from serving_fixtures import CAPITALS, TICKETS, FakeBackend, chat_file, overloaded, plain_file, serving, wait_for
+from serving_fixtures import CAPITALS, TICKETS, chat_file, overloaded, plain_file, serving, wait_for
 from test_serving_guard import Caller
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.slow
 
 EVIL = "<script>window.evil=1</script><img src=x onerror=window.evil=2>"
-NO_TABLE = 'Line 1 is neither an object such as {"prompt": …, "completion": …} nor a row of two columns, input and answer.'
 NAMES = """() => [...document.querySelectorAll("input, textarea, button, [role=progressbar], section, nav, dialog")]
     .filter((node) => !(node.labels && node.labels.length) && !node.getAttribute("aria-labelledby") && !node.textContent.trim())
     .map((node) => node.outerHTML)"""
@@ -56,68 +53,6 @@ FAINT = """() => {
     }
     return found;
 }"""
-
-
-class SteppedBackend(FakeBackend):
-    """Computes the first 40 of 100 tokens, and the others when `gate` is opened."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(folder, **options)
-        self.gate = threading.Event()
-        self.gate.set()
-
-    async def prepare(self, spec: TaskSpec, *, progress: Callable[[int, int], None] | None = None) -> Prepared:
-        if progress is not None:
-            progress(40, 100)
-        while not self.gate.is_set():
-            await asyncio.sleep(0.01)
-        return await super().prepare(spec, progress=progress)
-
-
-class Opened:
-    """The page of a service, with what it has said and asked for."""
-
-    def __init__(self, browser: "Browser", address: str, **options: Any) -> None:
-        self.address = address
-        self.context = browser.new_context(**options)
-        self.context.set_default_timeout(10_000)
-        self.page: Page = self.context.new_page()
-        self.said: list[str] = []
-        self.hosts: set[str] = set()
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.said.append(f"dialog {dialog.message}"))
-        self.page.on("request", lambda request: self.hosts.add("/".join(request.url.split("/")[:3])))
-        self.page.goto(address)
-
-    def check(self, text: str) -> None:
-        self.page.fill("#examples", text)
-        self.page.click("#check")
-
-    def make(self, content: bytes, name: str) -> None:
-        self.check(content.decode())
-        self.page.fill("#name", name)
-        self.page.click("#create")
-        self.page.wait_for_selector("#task:visible")
-
-    def ask(self, text: str) -> None:
-        self.page.fill("#query", text)
-        self.page.click("#ask")
-
-    def texts(self, selector: str) -> list[str]:
-        return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
-
-    def until(self, expression: str) -> None:
-        """Wait for an expression to be true; Playwright's own way evaluates text in the page, which its policy forbids."""
-        for _ in range(500):
-            if self.page.evaluate(expression):
-                return
-            self.page.wait_for_timeout(20)
-        raise AssertionError(f"waited in vain for {expression}")
-
-    def error(self, name: str) -> str:
-        self.page.wait_for_selector(f"#{name}-error:visible")
-        return self.page.inner_text(f"#{name}-error")
 
 
 @pytest.fixture
@@ -190,25 +125,6 @@ def test_a_task_from_its_examples_to_its_deletion(opened: Opened, backend: Stepp
     assert page.locator("#make").is_visible()
     assert [model["id"] for model in call("GET", "/v1/models")[1]["data"]] == ["base"]
     assert (opened.said, opened.hosts) == ([], {address})
-
-
-def test_a_bad_line_is_named_and_found(opened: Opened) -> None:
-    lines = plain_file(TICKETS).decode().splitlines()
-    lines[2] = "refund my invoice"
-    opened.check("\n".join(lines))
-    opened.page.wait_for_selector("#checked:visible")
-    assert opened.page.inner_text("#verdict") == "Not usable yet: 1 error"
-    assert opened.texts("#problems li") == [
-        "Line 3\nError: broken JSON\nBroken JSON at column 1: Expecting value. Mend or remove the line."
-    ]
-    assert opened.page.locator("#create-form").is_hidden()
-    opened.page.click("#problems button")
-    selected = "(area) => area.value.slice(area.selectionStart, area.selectionEnd)"
-    assert opened.page.eval_on_selector("#examples", selected) == lines[2]
-    assert opened.page.evaluate("document.activeElement.id") == "examples"
-    opened.page.fill("#examples", "\n".join(lines[:2]))
-    assert opened.page.locator("#checked").is_hidden()
-    assert opened.said == []
 
 
 def test_what_users_write_is_never_markup(opened: Opened, address: str) -> None:
@@ -292,47 +208,6 @@ def test_free_text_is_streamed_and_stopped(opened: Opened, backend: SteppedBacke
     assert page.locator("#stop").is_hidden()
     assert page.locator("#ask").is_enabled()
     assert written < len("Oslo") + len("Paris")
-    assert opened.said == []
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "first"),
-    [
-        ("a.csv", 'Text,Label\r\n"charged twice, again",billing\r\n"it says ""no""",bug\r\n', "a heading"),
-        ("a.csv", '\ufeff"charged twice, again",billing\n"it says ""no""",bug', "an example"),
-        ("a.tsv", "charged twice, again\tbilling\n\"it says \"\"no\"\"\"\tbug\n", "an example"),
-        ("a.csv", "input;answer\ncharged twice, again;billing\nit says \"no\";bug\n", "a heading"),
-    ],
-)  # fmt: skip
-def test_a_table_becomes_lines(opened: Opened, name: str, content: str, first: str) -> None:
-    page = opened.page
-    page.set_input_files("#file", {"name": name, "mimeType": "text/csv", "buffer": content.encode()})
-    opened.until("document.querySelector('#examples').value !== ''")
-    lines = [json.loads(line) for line in page.input_value("#examples").splitlines()]
-    assert lines == [
-        {"prompt": "charged twice, again", "completion": "billing"},
-        {"prompt": 'it says "no"', "completion": "bug"},
-    ]
-    assert page.inner_text("#examples-note") == f"{name}: 2 rows turned into lines; the first row was read as {first}."
-    assert page.input_value("#name") == "a"
-    page.click("#check")
-    page.wait_for_selector("#checked:visible")
-    assert page.inner_text("#verdict") == "Nothing wrong with them"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a,b\nc,d,e\n", "Line 2 has 3 columns, the first has 2. Put a text that holds a comma in quotes."),
-        (b'a,b\nc,d\n"e,f\n', "Line 3: a quote is opened and never closed."),
-        (b"a,b\nc,\xff\n", "t.csv: line 2 is not UTF-8. Save the file as UTF-8."),
-        (b"no table\n", NO_TABLE),
-        (b"x" * (8 * 2**20 + 1), "t.csv has 8,388,609 bytes; this page takes 8,388,608. Post it with an OpenAI client."),
-    ],
-)  # fmt: skip
-def test_a_file_that_cannot_be_read_is_explained(opened: Opened, content: bytes, message: str) -> None:
-    opened.page.set_input_files("#file", {"name": "t.csv", "mimeType": "text/csv", "buffer": content})
-    assert opened.error("examples") == message
     assert opened.said == []
 
 
@@ -493,33 +368,6 @@ def test_labels_that_are_numbers_stand_by_their_probability(opened: Opened) -> N
     assert opened.texts("#probabilities .label") == ["10", "2"]
 
 
-def test_the_sample_takes_no_ones_place(opened: Opened) -> None:
-    page = opened.page
-    page.fill("#examples", "mine")
-    page.click("#sample")
-    assert page.input_value("#examples") == "mine"
-    note = "Your examples were left as they are. Empty the field to insert the sample."
-    assert page.inner_text("#examples-note") == note
-    page.fill("#examples", "")
-    page.click("#sample")
-    assert len(page.input_value("#examples").splitlines()) == 12
-    assert page.inner_text("#examples-note") == ""
-
-
-def test_a_check_of_labels_that_were_changed_meanwhile_is_not_shown(opened: Opened, backend: SteppedBackend) -> None:
-    page = opened.page
-    backend.delay = 0.4
-    opened.check(chat_file(TICKETS).decode())
-    opened.until("document.querySelector('#examples-note').textContent === 'Checking…'")
-    page.click("summary")
-    page.fill("#labels", "bug\nbilling\nwish")
-    opened.until("document.querySelector('#examples-note').textContent !== 'Checking…'")
-    assert page.locator("#checked").is_hidden()
-    page.click("#check")
-    page.wait_for_selector("#checked:visible")
-    assert opened.texts("#label-counts li") == ["bug\n3", "billing\n3", "wish\n0"]
-
-
 def test_a_service_that_is_away_leaves_the_list(opened: Opened) -> None:
     page = opened.page
     opened.make(chat_file(TICKETS), "tickets")
@@ -540,16 +388,3 @@ def test_the_curve_is_drawn_anew_in_another_width(opened: Opened) -> None:
     page.set_viewport_size({"width": 320, "height": 800})
     opened.until("document.querySelector('#plot svg').viewBox.baseVal.width === document.querySelector('#plot').clientWidth")
     assert page.locator("#plot svg").bounding_box()["width"] == 288  # type: ignore[index]
-
-
-def test_a_long_list_of_labels_is_reached_by_the_keyboard(opened: Opened) -> None:
-    page = opened.page
-    page.click("summary")
-    page.fill("#labels", "\n".join(f"label {number}" for number in range(40)))
-    opened.check(plain_file([("input", "label 3"), ("another", "label 4")]).decode())
-    page.wait_for_selector("#checked:visible")
-    assert page.get_attribute("#label-counts", "tabindex") == "0"  # Chromium would reach it anyway, other browsers would not.
-    page.fill("#labels", "label 3\nlabel 4")
-    page.click("#check")
-    page.wait_for_selector("#checked:visible")
-    assert page.get_attribute("#label-counts", "tabindex") is None

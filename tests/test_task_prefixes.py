@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from backend_fixtures import run_backend
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError
 from manyicl.serving import task_prefixes
 from manyicl.serving.backends import ShortMemoryError, TaskSpec
 from manyicl.tasks.task import Example
-from model_fixtures import run_backend
 
 LABELS = ("odd", "even")
 
@@ -28,7 +28,7 @@ def serve(tiny_loaded, tmp_path):
     engine = NativeEngine(tiny_loaded("llama"), Encoder(tiny_loaded("llama").tokenizer))
 
     def run(scenario, *, folder: Path = tmp_path / "prefixes", **limits):
-        return run_backend(engine, folder, scenario, **limits)
+        return run_backend(scenario, engine=engine, folder=folder, **limits)
 
     return run
 

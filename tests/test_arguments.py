@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from manyicl import arguments
+from manyicl import arguments, dtypes
 from manyicl.arguments import context_parallel_size, training_arguments
 from manyicl.config import TrainingConfig
 from manyicl.errors import ModelError, RecipeError
@@ -20,7 +20,7 @@ def test_float32_and_lora_runs_are_not_under_autocast(tmp_path, monkeypatch):
 
 
 def test_bfloat16_is_refused_where_the_processor_lacks_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(dtypes, "multiplies_in_bfloat16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = TrainingConfig.model_validate({"tune": "full", "dtype": "bfloat16"})
     with pytest.raises(ModelError, match=r"no bfloat16 .*\. Use dtype float32"):

@@ -24,7 +24,8 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
     4: {
         "checkpoints": (),
         "default_model": (),
-        "modeling": ("default_model",),
+        "dtypes": (),
+        "modeling": ("default_model", "dtypes"),
         "gguf_export": ("modeling",),
         "kernels": ("default_model",),
         "activations": (),

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from manyicl.calibration import CONTENT_FREE_INPUTS, draw_domain_inputs, score_contextual
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError
-from manyicl.methods import InContext
+from manyicl.methods import CalibratedInContext, InContext
 from manyicl.tasks.task import Example
 
 
@@ -110,3 +111,42 @@ def test_the_fingerprint_says_model_format_and_context(loaded, tiny_loaded):
     }
     assert len(prints) == 4
     assert method_with(loaded).name == "in-context"
+
+
+def test_calibrated_labels_are_scored_against_words_of_the_demonstrations(loaded, small_task):
+    task = small_task(("yes", "no", "perhaps"), num_test=5)
+    engine = method_with(loaded).engine
+    method = CalibratedInContext(engine, name="x")
+    assert (method.name, method.fingerprint) == ("x", f"{InContext(engine).fingerprint}/domain_context")
+    opened = method.open(task, task.train, task.test)
+    encode = engine.encoder.encode_query
+    queries = [encode(query.input) for query in task.test]
+    labels = engine.encoder.encode_labels(task.labels)
+    for shots in (0, 3):
+        inputs = draw_domain_inputs(task.train[:shots], seed=0) if shots else CONTENT_FREE_INPUTS
+        expected = score_contextual(
+            loaded.model, engine.prefill(task.train[:shots]), queries, [labels] * 5, contexts=[encode(text) for text in inputs]
+        )
+        answers = opened.answer(task.test, shots)
+        assert [answer.choice for answer in answers] == [int(np.argmax(own)) for own in expected]
+        assert [answer.text for answer in answers] == [task.labels[int(np.argmax(own))] for own in expected]
+
+
+def test_inputs_that_calibrate_are_no_longer_than_there_is_room_for(loaded, small_task):
+    """All demonstrations but the first are long, and so are texts of their words; queries are short."""
+    train = [Example("a b", "yes"), *[Example(" ".join(["word"] * 12), "no")] * 3]
+    task = small_task(("yes", "no"), train=train, test=[Example("a b", "yes")] * 2)
+    encoder = Encoder(loaded.tokenizer)
+    taken = sum(encoder.count_example(each.input, each.answer) for each in train) + encoder.count_opening("")
+    room = len(encoder.encode_query("a b")) + 2 + len(encoder.encode_answer("yes"))
+    opened = CalibratedInContext(method_with(loaded, taken + room).engine).open(task, train, task.test)
+    assert opened.num_demonstrations == 4
+    assert {answer.choice in (0, 1) for answer in opened.answer(task.test, 4)} == {True}
+
+
+def test_free_text_is_not_calibrated(loaded, small_task):
+    task = small_task((), train=[Example("a", "bb"), Example("c", "dddd")], test=[Example("e", "f")])
+    plain = method_with(loaded)
+    calibrated = CalibratedInContext(plain.engine)
+    answers = [method.open(task, task.train, task.test).answer(task.test, 2)[0].text for method in (plain, calibrated)]
+    assert answers[0] == answers[1]

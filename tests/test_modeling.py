@@ -11,7 +11,7 @@ from manyicl import modeling
 from manyicl.config import ObjectiveConfig
 from manyicl.encoding import Encoder
 from manyicl.errors import ModelError, StorageError
-from manyicl.modeling import add_lora, export_model, load_model, load_tokenizer, resolve_dtype, save_model
+from manyicl.modeling import add_lora, export_model, load_model, load_tokenizer, save_model
 from manyicl.objective import answer_losses
 from model_fixtures import (
     Lora,
@@ -190,18 +190,6 @@ def test_a_tokenizer_without_end_token_is_an_error(tiny_model_folder, make_token
     make_tokenizer(end=None).save_pretrained(tmp_path / "endless")
     with pytest.raises(ModelError, match=r"endless: its tokenizer has no end token \(eos_token\), which ends every answer"):
         load_model(tmp_path / "endless")
-
-
-def test_bfloat16_is_refused_where_the_processor_lacks_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
-        assert resolve_dtype("auto") == expected
-        assert resolve_dtype("float32") == torch.float32
-    with pytest.raises(ModelError, match=r"this processor has no bfloat16 \(AVX-512 or AMX\)\. Use dtype float32, or auto\."):
-        resolve_dtype("bfloat16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_dtype("bfloat16") == torch.bfloat16
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "w_proj"], "q_proj"])

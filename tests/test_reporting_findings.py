@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from manyicl.records import EvaluationRecord
-from manyicl.reporting.answers import answer, claims_table
+from manyicl.reporting.answers import answer, claims_table, second_reading_table
 from manyicl.reporting.effects import harness_table
 from manyicl.reporting.findings import Findings
-from manyicl.reporting.html import render_report
+from manyicl.reporting.html import render_report, sections
 from manyicl.reporting.tables import show_estimate, show_number
+from manyicl.results.calibrated import CALIBRATED
+from manyicl.results.claims import OURS, make_claims
 from manyicl.results.files import StudyResults
-from report_fixtures import EVIL, SHOTS, Page, study_results
+from report_fixtures import EVIL, METHODS, SHOTS, TASKS, Page, make_record, model_of, study_results
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +304,38 @@ def test_tasks_that_dedicated_tuning_does_not_learn_are_listed(results: StudyRes
     changed = results.claims | {"claims": results.claims["claims"] | {"approaches_dedicated": claim}}
     text = Page(render_report(results.model_copy(update={"claims": changed}))).words()
     assert "is less than 5 points above the commonest label: rte (−2.0) and spam (+5.0)." in text
+
+
+def test_the_second_reading_says_how_each_was_read(results: StudyResults) -> None:
+    """Calibration helps ours and nothing else; label tasks alone have calibrated records."""
+    tasks = [task for task, facts in TASKS.items() if facts[3]]
+    good = dict.fromkeys(METHODS, 0.1) | {OURS: 0.99}
+    added = [
+        make_record(model_of(method), method, task, shots, seed=seed, chance=good[method], condition=CALIBRATED)
+        for method in METHODS
+        for task in tasks
+        for shots in SHOTS
+        for seed in range(3)
+    ]
+    assert second_reading_table(Findings(results)) is None
+    read_again = results.model_copy(update={"records": [*results.records, *added]})
+    claims = make_claims(read_again)
+    table = second_reading_table(Findings(read_again.model_copy(update={"claims": claims})))
+    assert table is not None
+    by_other = {row[0]: row for row in table.rows}
+    second, first = claims["second_reading"]["claims"]["beats_few_shot"], claims["claims"]["beats_few_shot"]
+    found = second["at_best_shots"]
+    ours, other = second["best_shots"][OURS], second["best_shots"]["few_shot_5"]
+    assert by_other["few-shot tuning (5)"] == (
+        "few-shot tuning (5)",
+        f"calibrated, {ours} shots",
+        f"plain, {other} shots",
+        *(round(found[end], 4) for end in ("value", "low", "high")),
+        first["at_best_shots"]["value"],
+        second["verdict"],
+    )
+    page = Page(render_report(read_again.model_copy(update={"claims": claims})))
+    assert len(page.csv("second-reading")) == 1 + len(by_other)
+    waiting = results.model_copy(update={"recipe": results.recipe | {"calibrated": True}})
+    (section,) = (section for section in sections(Findings(waiting)) if section.key == "second-reading")
+    assert section.open == "label tasks are not evaluated with calibrated scores for all methods."

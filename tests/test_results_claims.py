@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from manyicl.errors import RecordsError
+from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import make_claims
 from manyicl.results.files import CorpusFacts, ModelFacts, StudyResults, read_results, write_results
 from manyicl.results.forgetting_card import change_of_bits
@@ -177,3 +178,56 @@ def test_a_folder_without_results_and_a_broken_file_are_errors(results, tmp_path
     (tmp_path / "models.json").write_text('[{"model": 1}]', encoding="utf-8")
     with pytest.raises(RecordsError, match=r"models\.json: is no list of ModelFacts"):
         read_results(tmp_path)
+
+
+def calibrated(records, right_by_shots):
+    """Calibrated records of the label tasks v1 and h1 beside plain ones of a model."""
+    own = [record for record in records if record.task in ("v1", "h1")]
+    return [
+        make(
+            record.task,
+            family=record.family,
+            role=record.role,
+            model=record.model,
+            method=record.method,
+            shots=record.shots,
+            seed=record.seed,
+            condition=CALIBRATED,
+            right=range(right_by_shots[record.role][record.shots]),
+        )
+        for record in own
+    ]
+
+
+def test_the_second_reading_calibrates_each_method_where_validation_tasks_want_it(results):
+    better = {"validation": {0: 6, 4: 8, "max": 10}, "held_out": {0: 1, 4: 2, "max": 3}}
+    worse = {"validation": {0: 6, 4: 5, "max": 5}, "held_out": {0: 10, 4: 10, "max": 10}}
+    added = []
+    for model, right in (
+        ("base", worse),
+        ("all_answers/seed-0", better),
+        ("few_shot_5/seed-0", worse),
+        ("few_shot_16/seed-0", worse),
+    ):
+        added += calibrated([record for record in results.records if record.model == model], right)
+    claims = make_claims(results.model_copy(update={"records": results.records + added}))
+    second = claims["second_reading"]
+    assert {name: (method["model"], method["best_shots"]) for name, method in second["methods"].items()} == {
+        "in_context": ("base", "max"),
+        "all_answers": ("all_answers/seed-0+calibrated", "max"),
+        "few_shot_5": ("few_shot_5/seed-0", 0),
+        "few_shot_16": ("few_shot_16/seed-0", 0),
+    }
+    assert second["calibrated_validation"]["all_answers"] == {"0": 60.0, "4": 80.0, "max": 100.0}
+    found = second["claims"]["beats_few_shot"]
+    # h1 is read calibrated, h2 has no calibrated records and is read as it is: (30 + 90) / 2 less (50 + 50) / 2.
+    assert found["at_best_shots"]["value"] == pytest.approx((30 + 90) / 2 - 50)
+    assert claims["claims"] == make_claims(results)["claims"]  # The first reading stands.
+
+
+def test_the_second_reading_waits_for_all_methods(results):
+    assert make_claims(results)["second_reading"] is None
+    ours = [record for record in results.records if record.model == "all_answers/seed-0"]
+    right = {"validation": dict.fromkeys(SHOTS, 9), "held_out": dict.fromkeys(SHOTS, 9)}
+    some = results.model_copy(update={"records": results.records + calibrated(ours, right)})
+    assert make_claims(some)["second_reading"] is None

@@ -75,13 +75,16 @@ def open_folder(recipe):
 
 @pytest.mark.slow
 def test_a_whole_study(make):
-    recipe = make()
+    recipe = make(calibrated=True)
     progress = run_study(recipe)
     results = read_results(Path(recipe.output) / "results")
     assert {cell.cell: cell.error for cell in results.cells if cell.status != "done"} == {}
     assert progress.done == progress.total == len(results.cells)
     assert set(results.claims["methods"]) == {*METHODS} - {"dedicated"}
     assert results.claims["waiting"] == []
+    assert set(results.claims["second_reading"]["claims"]) == {
+        name for name in results.claims["claims"] if name.startswith("beats")
+    }
     by_model = {facts.model: facts for facts in results.models}
     ours, short = by_model["all_answers/seed-0"], by_model["zero_shot/seed-0"]
     suite = load_suite(recipe.tasks)
@@ -127,6 +130,24 @@ def test_a_stopped_study_goes_on_and_does_nothing_twice(make, monkeypatch):
     assert set(statuses(open_folder(recipe)).values()) == {"done"}
     work(recipe)
     assert len(calls) == len(open_folder(recipe).cells)
+
+
+def test_a_second_reading_may_be_added_to_a_study_under_way(make, monkeypatch):
+    recipe = make(**FAST)
+    work(recipe)
+    before = untimed(open_folder(recipe).gather())
+    grown = make(**FAST, calibrated=True, notes=["read again"])
+    added = [cell.name for cell in open_folder(grown).cells if open_folder(grown).status(cell.name) == "open"]
+    suite = load_suite(grown.tasks)
+    tasks = [name for name in (*suite.validation, *suite.held_out) if suite.tasks[name].labels]
+    models = ("base", "zero_shot/seed-0", "all_answers/seed-0")
+    assert added == [f"calibrated/{model}/{task}" for task in tasks for model in models]
+    work(grown)
+    results = open_folder(grown).gather()
+    assert untimed(results)[3] == before[3]
+    assert {record.condition for record in results.records if record not in before[0]} >= {"calibrated"}
+    assert set(results.claims["second_reading"]["methods"]) == {"in_context", "zero_shot", "all_answers", "classic"}
+    assert "calibrated: true" in (Path(recipe.output) / "study.yaml").read_text()
 
 
 def untimed(results):

@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from manyicl.attention import IMPLEMENTATION, use_shared_prefix_attention
 from manyicl.config import TrainingConfig
-from manyicl.modeling import resolve_dtype
+from manyicl.dtypes import resolve_dtype
 
 
 @dataclass(frozen=True)

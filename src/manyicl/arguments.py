@@ -17,8 +17,8 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from manyicl.accelerators import choose_kernels
 from manyicl.config import TrainingConfig
+from manyicl.dtypes import resolve_dtype
 from manyicl.errors import RecipeError
-from manyicl.modeling import resolve_dtype
 from manyicl.process_group import DEFAULT_TIMEOUT_SECONDS, join_processes, naming_lost_processes, place_among_processes
 
 # Options of TrainingArguments that a recipe sets by a key of its own; `training.trainer` may not contradict it.

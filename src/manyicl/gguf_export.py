@@ -25,9 +25,10 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from manyicl.dtypes import Dtype
 from manyicl.errors import ModelError
 from manyicl.files import storage_errors
-from manyicl.modeling import Dtype, LoadedModel, bars_on_terminals_only, check_logits, load_model
+from manyicl.modeling import LoadedModel, bars_on_terminals_only, check_logits, load_model
 
 _ARCHITECTURE = "llama"
 _SPLIT_LIKE_LLAMA3 = (

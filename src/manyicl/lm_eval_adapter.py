@@ -21,10 +21,11 @@ import torch
 
 from manyicl.attention import use_shared_prefix_attention
 from manyicl.branching import check_positions, flatten_branches, judge_tokens, plan_batches, query_branch
+from manyicl.dtypes import Dtype
 from manyicl.encoding import Encoder
 from manyicl.errors import ModelError
 from manyicl.label_trie import LabelTrie, TokenIds, build_trie
-from manyicl.modeling import Dtype, load_model
+from manyicl.modeling import load_model
 from manyicl.prefix import Prefix, prefill
 from manyicl.scoring import generate_answers
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from manyicl.config import LoraConfig
 from manyicl.default_model import DEFAULT_NOTE, default_model_folder, gguf_model_folder
+from manyicl.dtypes import Dtype, resolve_dtype
 from manyicl.errors import ModelError
 from manyicl.files import hash_file, storage_errors, write_json_atomic
 
@@ -48,7 +49,6 @@ _ROPE_SCALINGS = ("linear", "yarn")
 NUM_CHECKED_TOKENS = 48
 # By how much of the largest logit two loads of the same weights may differ: a few roundings of the type.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
-Dtype = Literal["auto", "bfloat16", "float32"]
 Format = Literal["plain", "chat"]
 
 
@@ -167,18 +167,6 @@ def load_config(
     if rope_scaling:
         _scale_rope(str(name), config, rope_scaling)
     return config
-
-
-def resolve_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch type that a name means on this machine; `auto` takes bfloat16 where it is fast and float32 elsewhere.
-
-    Raises:
-        ModelError: bfloat16 is asked of a processor without it, where it would be many times slower than float32.
-    """
-    fast = torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == "bfloat16" and not fast:
-        raise ModelError("this processor has no bfloat16 (AVX-512 or AMX). Use dtype float32, or auto.")
-    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and fast) else torch.float32
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:

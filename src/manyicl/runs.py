@@ -22,6 +22,7 @@ from manyicl.accelerators import Kernels, choose_kernels
 from manyicl.arguments import context_parallel_size, training_arguments
 from manyicl.checkpoints import list_checkpoints
 from manyicl.config import EpisodesConfig, Recipe
+from manyicl.dtypes import Dtype
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.episodes import order_examples
@@ -30,7 +31,7 @@ from manyicl.evaluation import Plan, evaluate_task
 from manyicl.files import write_json_atomic, write_text_atomic
 from manyicl.forgetting import corpus_loss, read_corpus
 from manyicl.methods import Answer, InContext
-from manyicl.modeling import Dtype, Format, LoadedModel, add_lora, load_model, load_tokenizer, save_model
+from manyicl.modeling import Format, LoadedModel, add_lora, load_model, load_tokenizer, save_model
 from manyicl.objective import check_can_be_cut
 from manyicl.packing import Row, RowDataset, build_row
 from manyicl.process_group import gather_from_processes, launch_name, place_among_processes

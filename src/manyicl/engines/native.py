@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from manyicl.calibration import score_contextual
 from manyicl.encoding import Encoder
 from manyicl.errors import BudgetError
 from manyicl.label_search import BestLabel, find_best_labels
@@ -59,6 +60,19 @@ class NativeEngine:
         """
         queries = [self.encoder.encode_query(text) for text in inputs]
         return score_labels(self.loaded.model, prefix, queries, self._encode_choices(choices), normalise=normalise)
+
+    def choose_calibrated(
+        self, prefix: Prefix, inputs: Sequence[str], choices: Sequence[Sequence[str]], *, context_inputs: Sequence[str]
+    ) -> list[npt.NDArray[np.float64]]:
+        """Scores of each choice of each query, less what the choices score after inputs that say nothing; see `calibration`.
+
+        Raises:
+            TaskError: see `choose`.
+            BudgetError: a query or one of `context_inputs` does not fit behind the prefix, or there is none of these.
+        """
+        encode = self.encoder.encode_query
+        queries, contexts = [encode(text) for text in inputs], [encode(text) for text in context_inputs]
+        return score_contextual(self.loaded.model, prefix, queries, self._encode_choices(choices), contexts=contexts)
 
     def find_best(self, prefix: Prefix, inputs: Sequence[str], choices: Sequence[Sequence[str]]) -> list[BestLabel]:
         """The choice of the highest score of each query, as `choose` would have it; of many choices few are computed.

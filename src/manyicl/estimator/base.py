@@ -23,11 +23,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from manyicl.default_model import cache_folder
+from manyicl.dtypes import Dtype
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError
 from manyicl.estimator.inputs import DataError
 from manyicl.estimator.shared_models import Format, share_model
-from manyicl.modeling import Dtype
 from manyicl.prefix import Prefix, extend
 from manyicl.prefix_files import PrefixFacts, identify_prefix
 from manyicl.prefix_store import PrefixStore, prefix_key

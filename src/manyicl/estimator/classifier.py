@@ -9,11 +9,11 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from manyicl.calibration import CONTENT_FREE_INPUTS, draw_domain_inputs, score_contextual, score_mutual_information
+from manyicl.dtypes import Dtype
 from manyicl.engines.native import NativeEngine
 from manyicl.estimator.base import STORE_MAX_BYTES, FitMode, ManyShotEstimator, QueryGroup
 from manyicl.estimator.inputs import DataError, as_labels, as_texts, check_same_length, label_words
 from manyicl.estimator.shared_models import Format
-from manyicl.modeling import Dtype
 from manyicl.scoring import score_labels
 from manyicl.selection import Embed, Selection
 from manyicl.tasks.task import Example

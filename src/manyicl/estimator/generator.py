@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.utils.validation import check_is_fitted
 
+from manyicl.dtypes import Dtype
 from manyicl.engines.native import NativeEngine
 from manyicl.estimator.base import STORE_MAX_BYTES, FitMode, ManyShotEstimator
 from manyicl.estimator.inputs import DataError, as_answers, as_texts, check_same_length
 from manyicl.estimator.shared_models import Format
 from manyicl.metrics import score_answer
-from manyicl.modeling import Dtype
 from manyicl.scoring import generate_answers
 from manyicl.selection import Embed, Selection
 from manyicl.tasks.task import METRICS, Example, Metric

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from manyicl.attention import use_shared_prefix_attention
+from manyicl.dtypes import Dtype
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
-from manyicl.modeling import Dtype, LoadedModel, load_model
+from manyicl.modeling import LoadedModel, load_model
 
 MAX_MODELS = 2
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from manyicl.reporting.findings import BASE_METHOD, DEDICATED, Findings, in_sentence, method_label
 from manyicl.reporting.tables import Column, Table, Value, count_words, join_words, show_estimate, show_interval, show_number
+from manyicl.results.calibrated import calibrated_model
 from manyicl.results.claims import AIMS, OURS, ZERO_SHOT
 
 _COMPARED = {
@@ -275,3 +276,30 @@ def forgetting_table(findings: Findings) -> Table | None:
         for corpus, change in changes.items()
     ]
     return Table(columns, rows)
+
+
+def second_reading_table(findings: Findings) -> Table | None:
+    """Ours against others with each method calibrated where the validation tasks want it; beside it the first reading."""
+    second = findings.claims.get("second_reading")
+    if not second or not second["claims"]:
+        return None
+    columns = (
+        Column("ours against", is_number=False),
+        Column("ours read", is_number=False),
+        Column("the other read", is_number=False),
+        *(Column(name, is_signed=True) for name in ("difference", "low", "high", "first reading")),
+        Column("verdict", is_number=False),
+    )
+    rows = []
+    for name, claim in second["claims"].items():
+        first = findings.claim(name)
+        read = (_how_read(second["methods"][method]) for method in (OURS, claim["against"]))
+        before = float(first["at_best_shots"]["value"]) if first else None
+        rows.append((method_label(claim["against"]), *read, *_ends(claim["at_best_shots"]), before, claim["verdict"]))
+    return Table(columns, rows)
+
+
+def _how_read(method: Mapping[str, Any]) -> str:
+    """As in: calibrated, 64 shots."""
+    is_calibrated = method["model"] == calibrated_model(method["model"].partition("+")[0])
+    return f"{'calibrated' if is_calibrated else 'plain'}, {method['best_shots']} shots"

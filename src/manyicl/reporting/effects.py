@@ -9,6 +9,7 @@ from manyicl.reporting.charts import SMALL, DotRow, Names, Point, Series, dot_ch
 from manyicl.reporting.curves import SCORE, Figure, difference_figure, interval_point, legend
 from manyicl.reporting.findings import BASE_METHOD, DEDICATED, NUM_DRAWS, Findings, in_sentence, method_label, shots_axis
 from manyicl.reporting.tables import Column, Table, Value, join_words, show_estimate, show_interval, show_number
+from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import OURS
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.dedicated import LEAST_GAIN
@@ -185,11 +186,11 @@ def _condition_order(condition: str) -> tuple[int, float, str]:
 
 
 def _by_condition(findings: Findings) -> dict[str, dict[str, dict[str, list[EvaluationRecord]]]]:
-    """Records by condition, method and task, ordered by seed; those of chat questions belong to forgetting."""
+    """Records by condition, method and task, ordered by seed; chat questions and calibrated scores have their own figures."""
     groups: dict[str, dict[str, dict[str, list[EvaluationRecord]]]] = {}
     methods = {model: method for method, model in findings.models.items()}
     for record in sorted(findings.results.records, key=lambda record: record.seed):
-        if record.model in methods and record.condition and record.condition != CHAT:
+        if record.model in methods and record.condition and record.condition not in (CHAT, CALIBRATED):
             by_method = groups.setdefault(record.condition, {})
             by_method.setdefault(methods[record.model], {}).setdefault(record.task, []).append(record)
     return groups

@@ -17,7 +17,7 @@ import yaml
 from manyicl.errors import UserInputError
 from manyicl.files import write_text_atomic
 from manyicl.reporting import curves, effects
-from manyicl.reporting.answers import answer, claims_table, forgetting_sentence, forgetting_table
+from manyicl.reporting.answers import answer, claims_table, forgetting_sentence, forgetting_table, second_reading_table
 from manyicl.reporting.charts import swatch
 from manyicl.reporting.costs import budget_curves, failures, training_costs, work
 from manyicl.reporting.curves import Figure
@@ -79,7 +79,7 @@ def render_report(results: StudyResults, *, command: str = "") -> str:
         policy=_policy(style, script),
         answer=answer(findings),
         claims=claims_table(findings),
-        sections=[section for section in sections(findings) if section.figures or section.open],
+        sections=sections(findings),
         swatch=swatch,
         facts=_facts(findings),
         notes=_notes(findings),
@@ -96,8 +96,18 @@ def _against_others(findings: Findings) -> Figure | None:
     return Figure("forgets-less", "Ours against each other method", sentence, table, is_table_open=True) if table else None
 
 
+def _second_reading(findings: Findings) -> Figure | None:
+    """Ours against others where each may be calibrated, as a table."""
+    table = second_reading_table(findings)
+    sentence = (
+        "Label scores less what labels score after inputs that say nothing. Each method is read plain or calibrated, and at the "
+        "shots, whichever is best for it on the validation tasks; points on held-out tasks."
+    )
+    return Figure("second-reading", "Ours against others, calibrated", sentence, table, is_table_open=True) if table else None
+
+
 def sections(findings: Findings) -> list[Section]:
-    """The parts of the report after the claims, in reading order."""
+    """The parts of the report after the claims, in reading order; a part that was not asked for is left out."""
     parts: list[tuple[str, str, str, Sequence[Figure | None], Sequence[str]]] = [
         (
             "shots",
@@ -119,6 +129,13 @@ def sections(findings: Findings) -> list[Section]:
             "bits per byte of plain text are not measured for a tuned model and the model that is not tuned.",
             [effects.forgetting_against_gain(findings), _against_others(findings), effects.harness_table(findings)],
             [sentence] if (sentence := forgetting_sentence(findings)) else (),
+        ),
+        (
+            "second-reading",
+            "Second reading",
+            "label tasks are not evaluated with calibrated scores for all methods." if findings.recipe.get("calibrated") else "",
+            [_second_reading(findings)],
+            (),
         ),
         ("budget", "Budget", "no snapshot is evaluated on all held-out tasks.", [budget_curves(findings)], ()),
         (
@@ -148,6 +165,7 @@ def sections(findings: Findings) -> list[Section]:
     return [
         Section(key, title, "" if any(figures) else waiting, [figure for figure in figures if figure], paragraphs)
         for key, title, waiting, figures, paragraphs in parts
+        if waiting or any(figures)
     ]
 
 

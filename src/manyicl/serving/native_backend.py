@@ -16,11 +16,12 @@ from pathlib import Path
 
 from manyicl.attention import use_shared_prefix_attention
 from manyicl.branching import choose_batch_tokens
+from manyicl.dtypes import Dtype
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import DeadlineError, OverloadedError, UserInputError
 from manyicl.label_trie import TokenIds
-from manyicl.modeling import Dtype, Format, load_model
+from manyicl.modeling import Format, load_model
 from manyicl.prefix import Prefix
 from manyicl.prefix_store import PrefixStore
 from manyicl.sampling import TokenStreams

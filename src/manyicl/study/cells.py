@@ -11,6 +11,7 @@
     dedicated/sick/prefix-0            dedicated-tuned on the demonstrations of order 0
     classic/sick                       TF-IDF
     robustness/all_answers/sick        demonstrations altered
+    calibrated/all_answers/seed-0/sick final weights on one label task, its scores calibrated
 
 The list is a pure function of recipe and suite, in the order in which cells are best done. A model's name in the records is the
 part of a cell's name after its kind.
@@ -75,6 +76,11 @@ def list_cells(recipe: StudyRecipe, suite: TaskSuite) -> list[Cell]:
     cells += _snapshot_cells(recipe, suite)
     cells += _seed_cells(recipe, suite)
     cells += _family_cells(recipe)
+    if recipe.calibrated:
+        read_again = [task for task in (*validation, *held_out) if suite.tasks[task].labels]
+        cells += [
+            Cell(f"calibrated/{model}/{task}", needs, method, task) for task in read_again for model, method, needs in finals
+        ]
     return cells
 
 

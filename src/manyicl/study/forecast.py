@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from manyicl.dtypes import resolve_dtype
 from manyicl.encoding import Encoder
-from manyicl.modeling import load_config, load_tokenizer, resolve_dtype
+from manyicl.modeling import load_config, load_tokenizer
 from manyicl.planning import prefill_operations, prefix_bytes, query_operations, show_bytes
 from manyicl.study.cells import Cell
 from manyicl.study.recipe import StudyRecipe

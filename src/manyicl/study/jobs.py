@@ -20,10 +20,11 @@ from manyicl.engines.native import NativeEngine
 from manyicl.errors import RecipeError, RecordsError
 from manyicl.evaluation import Plan, evaluate_task, order_demonstrations
 from manyicl.forgetting import corpus_loss, read_corpus
-from manyicl.methods import InContext
+from manyicl.methods import CalibratedInContext, InContext
 from manyicl.modeling import Format, LoadedModel, load_model, load_tokenizer
 from manyicl.packing import RowDataset
 from manyicl.records import EvaluationRecord, RecordWriter, Shots, read_records
+from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import read_method
 from manyicl.results.contrasts import Cells, headline_value, terms_at
 from manyicl.results.files import BASE, CorpusFacts, HarnessFacts, ModelFacts
@@ -90,6 +91,7 @@ class Study:
             "dedicated": self._tune_dedicated,
             "classic": self._evaluate_classic,
             "robustness": self._evaluate_robustness,
+            "calibrated": self._evaluate_calibrated,
         }
         return jobs[cell.kind](cell)
 
@@ -277,7 +279,11 @@ class Study:
         self, path: str, cell: Cell, tasks: Sequence[str], plan: Plan, *, seeds: Sequence[int] | None = None
     ) -> list[EvaluationRecord]:
         """The records of a model on tasks, in the cell's folder; those that are there are not made again."""
-        method = self._method(path, cell.method)
+        return self._evaluate_on(tasks, self._method(path, cell.method), cell, plan, seeds=seeds)
+
+    def _evaluate_on(
+        self, tasks: Sequence[str], method: InContext, cell: Cell, plan: Plan, *, seeds: Sequence[int] | None = None
+    ) -> list[EvaluationRecord]:
         plan = replace(plan, model_note=method.engine.loaded.note)
         writer = RecordWriter(self.folder(cell.name) / "records.jsonl")
         found: list[EvaluationRecord] = []
@@ -310,6 +316,15 @@ class Study:
         task = self.suite.tasks[cell.task]
         role = self.suite.role(cell.task)
         list(evaluate_robustness(method, task, role, plan=plan, writer=writer, conditions=conditions))
+        return Outcome()
+
+    def _evaluate_calibrated(self, cell: Cell) -> Outcome:
+        """A model on one label task, its scores calibrated, at the shots of the study."""
+        model = cell.name.partition("/")[2].rpartition("/")[0]
+        plain = self._method(self._model_path(model), cell.method)
+        method = CalibratedInContext(plain.engine, name=cell.method)
+        plan = self._plan(model, tuple(self.recipe.shots), condition=CALIBRATED)
+        self._evaluate_on([cell.task], method, cell, plan)
         return Outcome()
 
     def _measure_forgetting(self, cell: Cell) -> Outcome:

@@ -119,6 +119,7 @@ class StudyRecipe(_Section):
     num_seeds: int = Field(3, ge=1, description="Orders of demonstrations.")
     num_queries: int = Field(100, ge=1, description="Queries per task; all of a smaller test split.")
     num_validation_queries: int = Field(100, ge=1, description="Queries per validation task, which choose rates and shots.")
+    calibrated: bool = Field(False, description="Whether label tasks are read a second time, with calibrated scores.")
     dedicated: DedicatedConfig = DedicatedConfig()
     held_out_family: FamilyConfig | None = Field(None, description="The second setting; None leaves it out.")
     training_seeds: SeedsConfig | None = Field(None, description="Further training seeds; None leaves them out.")

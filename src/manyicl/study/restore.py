@@ -7,14 +7,14 @@ not the same bit for bit, which the fingerprints in the records show.
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from manyicl.errors import RecipeError, RecordsError
 from manyicl.files import write_text_atomic
 from manyicl.records import EvaluationRecord
 from manyicl.results.files import CellFacts, StudyResults, read_results
 from manyicl.study.cells import Cell
-from manyicl.study.runner import CellResult, StudyFolder, differing_keys
-
-_OWN = {"output"}
+from manyicl.study.runner import CellResult, StudyFolder, compare_recipes
 
 
 def restore_folder(folder: StudyFolder, source: Path) -> int:
@@ -28,8 +28,10 @@ def restore_folder(folder: StudyFolder, source: Path) -> int:
     if (folder.output / "cells").exists():
         raise RecipeError(f"{folder.output}: cells were begun here already. Restore into another output, or leave --restore out.")
     results = read_results(source)
-    known = {key: value for key, value in results.recipe.items() if key not in _OWN}
-    differing = differing_keys(folder.recipe.model_dump(mode="json", exclude=_OWN), known)
+    try:
+        differing = compare_recipes(folder.recipe, results.recipe)
+    except ValidationError as error:
+        raise RecipeError(f"{source / 'study.yaml'}: is no study recipe of this version ({error}).") from error
     if differing:
         raise RecipeError(f"{source}: holds the results of another recipe ({differing} differ). Give the recipe they came from.")
     facts = {cell.cell: cell for cell in results.cells if cell.status == "done"}

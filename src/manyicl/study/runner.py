@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["done", "failed", "open"]
 _POLL_SECONDS = 5.0
+_CHANGE_NO_CELL = {"output", "calibrated", "notes"}  # Keys that may change during a study: `calibrated` adds cells of its own.
 _STOPPED = {signal.SIGKILL: "killed by the system, which does so when memory runs out", signal.SIGSEGV: "crashed"}
 
 
@@ -95,25 +96,26 @@ class StudyFolder:
 
     def _claim(self, suite: TaskSuite) -> None:
         """Make the folder this study's, or see that it is; one in which no cell was begun, as after `--plan`, is anyone's."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"output"})
+        recipe = yaml.safe_dump(self.recipe.model_dump(mode="json", exclude={"output"}), sort_keys=False, allow_unicode=True)
         examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
         path, hashes = self.output / "study.yaml", self.output / "tasks.json"
         if not (self.output / "cells").exists():
             write_json_atomic(hashes, examples)
-            write_text_atomic(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+            write_text_atomic(path, recipe)
             return
         if not (path.is_file() and hashes.is_file()):
             raise RecipeError(f"{self.output}: holds cells without a study.yaml and tasks.json. Choose another output.")
-        try:  # With the defaults of keys that came to recipes since.
-            known = StudyRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        try:
+            differing = compare_recipes(self.recipe, yaml.safe_load(path.read_text(encoding="utf-8")))
         except (ValidationError, yaml.YAMLError) as error:
             raise RecipeError(f"{path}: is no study recipe of this version ({error}). Choose another output.") from error
-        differing = differing_keys(recipe, known.model_dump(mode="json", exclude={"output"}))
         if differing:
             raise RecipeError(f"{self.output}: holds the results of another recipe ({differing} differ). Choose another output.")
-        changed = differing_keys(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
+        changed = _differing_keys(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
         if changed:
             raise RecipeError(f"{self.output}: the examples of {changed} have changed. Choose another output.")
+        if path.read_text(encoding="utf-8") != recipe:
+            write_text_atomic(path, recipe)
 
     def folder(self, cell: str) -> Path:
         """The folder of a cell."""
@@ -337,7 +339,18 @@ def _worker_file(folder: StudyFolder, process: int) -> Path:
     return folder.output / "workers" / f"{platform.node()}-{process}"
 
 
-def differing_keys(wanted: dict[str, Any], known: dict[str, Any]) -> str:
+def compare_recipes(recipe: StudyRecipe, content: Any) -> str:
+    """The keys in which a recipe differs from one on file so that cells of the two are not alike; empty for none.
+
+    Raises:
+        ValidationError: what is on file is no study recipe.
+    """
+    known = StudyRecipe.model_validate(content)  # With the defaults of keys that came to recipes since.
+    wanted, found = (each.model_dump(mode="json", exclude=_CHANGE_NO_CELL) for each in (recipe, known))
+    return _differing_keys(wanted, found)
+
+
+def _differing_keys(wanted: dict[str, Any], known: dict[str, Any]) -> str:
     """The keys whose values differ, comma-separated; empty for none."""
     return ", ".join(sorted(key for key in wanted.keys() | known.keys() if wanted.get(key) != known.get(key)))
 

@@ -37,8 +37,8 @@ import torch
 
 from manyicl import planning
 from manyicl.config import Recipe
+from manyicl.dtypes import resolve_dtype
 from manyicl.errors import ModelError
-from manyicl.modeling import resolve_dtype
 from manyicl.objective import CHUNK_POSITIONS
 from manyicl.training_plan.jobs import MASTER_BYTES, TrainingJob, read_decoder, read_layout
 

@@ -33,8 +33,9 @@ import torch
 
 from manyicl import planning
 from manyicl.config import Recipe
+from manyicl.dtypes import resolve_dtype
 from manyicl.errors import UserInputError
-from manyicl.modeling import load_config, resolve_dtype
+from manyicl.modeling import load_config
 from manyicl.objective import CHUNK_POSITIONS
 from manyicl.planning import show_bytes
 from manyicl.training_plan.jobs import (

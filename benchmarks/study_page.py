@@ -1,4 +1,4 @@
-"""The page of a study: python benchmarks/study_page.py runs/study-small/results docs/results
+"""The page of a study or ablation: python benchmarks/study_page.py runs/study-small/results docs/results/study RECIPE
 
 Copies the results, which hold no weights and no text of a task, to docs/results/study, and makes study.md beside it from them.
 Claims are computed anew from the records, by the code of the commit that is checked out.
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from manyicl.files import write_text_atomic
-from manyicl.results.claims import make_claims
+from manyicl.results.claims import FEW_SHOT, make_claims
 from manyicl.results.files import StudyResults, read_results, write_results
 
+TITLES = {"study": "The study: every method with the same budget"}
 CLAIMS = {
     "beats_few_shot": "beats few-shot fine-tuning",
     "beats_zero_shot": "beats zero-shot fine-tuning",
@@ -29,13 +30,13 @@ def points(found: dict[str, Any] | None) -> str:
     return f"{found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
 
 
-def difference_lines(claims: dict[str, Any]) -> list[str]:
+def difference_lines(claims: dict[str, Any], names: dict[str, str]) -> list[str]:
     """Differences on held-out tasks, in points."""
     lines = [
         "| claim | each at its best shots | both at max | best shots | aim | verdict |",
         "|---|---:|---:|---|---:|---|",
     ]
-    for name, words in CLAIMS.items():
+    for name, words in names.items():
         claim = claims.get(name)
         if claim is None:
             lines.append(f"| {words} | - | - | - | - | not evaluated yet |")
@@ -65,8 +66,8 @@ def second_reading_lines(found: dict[str, Any]) -> list[str]:
     """The claims again with each method calibrated where that is better for it on validation tasks; nothing without them."""
     second = found.get("second_reading")
     if not second:
-        return []
-    lines = ["## The second reading: calibrated where validation tasks want it", "", *difference_lines(second["claims"]), ""]
+        return ["Not evaluated yet."]
+    lines = [*difference_lines(second["claims"], CLAIMS), ""]
     lines += [
         "| method | best on validation, plain | best on validation, calibrated | held-out, at the better of the two |",
         "|---|---:|---:|---:|",
@@ -78,7 +79,7 @@ def second_reading_lines(found: dict[str, Any]) -> list[str]:
             for values in (plain, calibrated)
         ]
         lines.append(f"| {name} | {best[0]} | {best[1]} | {points(method['held_out'].get(str(method['best_shots'])))} |")
-    return [*lines, ""]
+    return lines
 
 
 def dedicated_lines(claim: dict[str, Any] | None) -> list[str]:
@@ -136,57 +137,64 @@ def progress_line(results: StudyResults) -> str:
     return f"{len(done)} of {len(results.cells)} cells are done, {failed} failed; {hours:.1f} hours of cells so far."
 
 
-def page(results: StudyResults) -> str:
-    """The whole page as Markdown."""
+def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
+    """Headings and lines of what this study asks; what it does not ask is left out."""
     found, recipe = results.claims, results.recipe
-    claims = found["claims"]
+    claims, methods = found["claims"], recipe["methods"]
+    parts = [
+        ("Differences on held-out tasks", difference_lines(claims, CLAIMS), bool({"in_context", *FEW_SHOT} & {*methods})),
+        (
+            "Variants less ours",
+            difference_lines(found["variants"], {name: name for name in recipe["variants"]}),
+            recipe["variants"],
+        ),
+        ("Methods by shots", method_lines(found["methods"], recipe["shots"]), True),
+        ("The second reading: calibrated where validation tasks want it", second_reading_lines(found), recipe.get("calibrated")),
+        ("Against dedicated tuning", dedicated_lines(claims.get("approaches_dedicated")), "dedicated" in methods),
+        ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
+        ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),
+        ("What a reader must know", [f"- {note}" for note in [*recipe["notes"], *formats(results)]], True),
+    ]
+    return [(title, lines) for title, lines, is_asked in parts if is_asked and lines]
+
+
+def formats(results: StudyResults) -> list[str]:
+    """A note where weights of one name were trained more than once, as on another machine."""
+    found: dict[tuple[str, str, str, int], set[str]] = {}
+    for record in results.records:
+        # A fingerprint is of weights, their format, what was done to demonstrations, examples and queries.
+        key = (record.model, record.task, record.condition, record.num_queries)
+        found.setdefault(key, set()).add(record.fingerprint)
+    several = sorted({key[0] for key, prints in found.items() if len(prints) > 1})
+    return [f"Records of more than one training or number format: {', '.join(several)}."] if several else []
+
+
+def page(results: StudyResults, name: str, recipe_path: str) -> str:
+    """The whole page as Markdown."""
+    recipe = results.recipe
     versions = next((cell.versions for cell in results.cells if cell.versions), {})
-    return "\n".join(
-        [
-            "# The study: every method with the same budget",
-            "",
-            "Made by `manyicl study recipes/study-small.yaml` and `python benchmarks/study_page.py`; every number is in [study](study).",
-            f"{progress_line(results)} Two processor cores, no GPU; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
-            f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
-            "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
-            "interval of a bootstrap over tasks, queries and orders. Shots and rates are chosen on validation tasks.",
-            "",
-            "## Differences on held-out tasks",
-            "",
-            *difference_lines(claims),
-            "",
-            "## Methods by shots",
-            "",
-            *method_lines(found["methods"], recipe["shots"]),
-            "",
-            *second_reading_lines(found),
-            "## Against dedicated tuning",
-            "",
-            *dedicated_lines(claims.get("approaches_dedicated")),
-            "",
-            "## More shots",
-            "",
-            *slope_lines(claims.get("more_shots_help")),
-            "",
-            "## Forgetting",
-            "",
-            *forgetting_lines(claims.get("forgets_less")),
-            "",
-            "## What a reader must know",
-            "",
-            *(f"- {note}" for note in recipe["notes"]),
-            "",
-        ]
-    )
+    lines = [
+        f"# {TITLES.get(name, f'Ablation: {name}')}",
+        "",
+        f"Made by `manyicl study {recipe_path}` and `python benchmarks/study_page.py`; every number is in [{name}]({name}).",
+        f"{progress_line(results)} Two processor cores, no GPU; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
+        f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
+        "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
+        "interval of a bootstrap over tasks, queries and orders. Shots and rates are chosen on validation tasks.",
+        "",
+    ]
+    for title, body in sections(results):
+        lines += [f"## {title}", "", *body, ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Copy the results and write the page."""
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    source, target, recipe_path = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     results = read_results(source)
     results = results.model_copy(update={"claims": make_claims(results)})
-    write_results(results, target / "study")
-    write_text_atomic(target / "study.md", page(results))
+    write_results(results, target)
+    write_text_atomic(target.with_suffix(".md"), page(results, target.name, recipe_path))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
         "family": family_claim(results, cells, few_shot),
         "overtaking": overtaking(cells, readings[OURS].model) if OURS in readings else [],
         "second_reading": second_reading(results, readings, shots),
+        "variants": compare_variants(results, cells, readings),
     }
 
 
@@ -91,6 +92,13 @@ def compare_all(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]
         "beats_base": compare(cells, ours, readings.get("in_context"), aim=None),
         "beats_last_answer": compare(cells, ours, readings.get("last_answer"), aim=None),
     }
+
+
+def compare_variants(results: StudyResults, cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]:
+    """Each variant of an ablation less ours, on held-out tasks: at the best shots of each, and both at max."""
+    variants, ours = results.recipe.get("variants", {}), readings.get(OURS)
+    found = {name: compare(cells, readings.get(name), ours, aim=None) for name in variants}
+    return {name: claim for name, claim in found.items() if claim}
 
 
 def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots: Sequence[Shots]) -> dict[str, Any] | None:

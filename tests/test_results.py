@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from manyicl.planning import show_bytes
 from manyicl.records import read_records
@@ -159,3 +160,28 @@ def test_the_readme_shows_the_speed_of_the_files() -> None:
     assert f"{cell['times_tokens_per_second']:.1f} times the tokens a second of TRL's `SFTTrainer`" in readme
     assert f"{cell['memory_ratio']:.2f} of its memory" in readme
     assert f"{scores['times vLLM constrained, 2700 tokens, 2 labels']:.1f} times vLLM" in readme
+
+
+def test_the_readme_shows_the_claims_of_the_study() -> None:
+    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = {
+        "beats_few_shot": "few-shot tuning",
+        "beats_zero_shot": "zero-shot tuning",
+        "beats_last_answer": "many-shot tuning on the last answer",
+        "beats_base": "no tuning",
+    }
+
+    def shown(estimate: dict[str, float]) -> str:
+        return f"{estimate['value']:.1f} ({estimate['low']:.1f} to {estimate['high']:.1f})"
+
+    for name, words in names.items():
+        claim = found["claims"][name]
+        assert f"| {words} | {shown(claim['at_best_shots'])} | {shown(claim['at_max'])} |" in readme
+    verdicts = {name: found["claims"][name]["verdict"] for name in names}
+    assert verdicts == dict.fromkeys(names, "holds") | {"beats_few_shot": "not shown"}
+    classic, ours = (found["methods"][name]["held_out"]["max"]["value"] for name in ("classic", "all_answers"))
+    assert f"scores {classic:.1f} where ours of this size scores {ours:.1f}" in " ".join(readme.split())
+    recipe = yaml.safe_load((RESULTS / "study" / "study.yaml").read_text(encoding="utf-8"))
+    assert f"{recipe['budget_tokens']:,} tokens each" in readme
+    assert f"all that fit in {recipe['context_tokens']:,} tokens" in readme

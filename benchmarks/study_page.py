@@ -1,6 +1,6 @@
 """The page of a study or ablation: python benchmarks/study_page.py runs/study-small/results docs/results/study RECIPE
 
-Copies the results, which hold no weights and no text of a task, to docs/results/study, and makes study.md beside it from them.
+Copies the results, which hold no weights and no text of a task, to the folder named, and makes a page of its name beside it.
 Claims are computed anew from the records, by the code of the commit that is checked out.
 """
 
@@ -63,7 +63,7 @@ def method_lines(methods: dict[str, Any], shots: list[Any]) -> list[str]:
 
 
 def second_reading_lines(found: dict[str, Any]) -> list[str]:
-    """The claims again with each method calibrated where that is better for it on validation tasks; nothing without them."""
+    """The claims again with each method calibrated where that is better for it on validation tasks."""
     second = found.get("second_reading")
     if not second:
         return ["Not evaluated yet."]
@@ -144,7 +144,7 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
     parts = [
         ("Differences on held-out tasks", difference_lines(claims, CLAIMS), bool({"in_context", *FEW_SHOT} & {*methods})),
         (
-            "Variants less ours",
+            "Variants less what they are variants of",
             difference_lines(found["variants"], {name: name for name in recipe["variants"]}),
             recipe["variants"],
         ),
@@ -153,34 +153,24 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
         ("Against dedicated tuning", dedicated_lines(claims.get("approaches_dedicated")), "dedicated" in methods),
         ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
         ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),
-        ("What a reader must know", [f"- {note}" for note in [*recipe["notes"], *formats(results)]], True),
+        ("What a reader must know", [f"- {note}" for note in recipe["notes"]], True),
     ]
     return [(title, lines) for title, lines, is_asked in parts if is_asked and lines]
-
-
-def formats(results: StudyResults) -> list[str]:
-    """A note where weights of one name were trained more than once, as on another machine."""
-    found: dict[tuple[str, str, str, int], set[str]] = {}
-    for record in results.records:
-        # A fingerprint is of weights, their format, what was done to demonstrations, examples and queries.
-        key = (record.model, record.task, record.condition, record.num_queries)
-        found.setdefault(key, set()).add(record.fingerprint)
-    several = sorted({key[0] for key, prints in found.items() if len(prints) > 1})
-    return [f"Records of more than one training or number format: {', '.join(several)}."] if several else []
 
 
 def page(results: StudyResults, name: str, recipe_path: str) -> str:
     """The whole page as Markdown."""
     recipe = results.recipe
+    several = len(recipe["rates"]["values"]) > 1
     versions = next((cell.versions for cell in results.cells if cell.versions), {})
     lines = [
         f"# {TITLES.get(name, f'Ablation: {name}')}",
         "",
         f"Made by `manyicl study {recipe_path}` and `python benchmarks/study_page.py`; every number is in [{name}]({name}).",
-        f"{progress_line(results)} Two processor cores, no GPU; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
+        f"{progress_line(results)} Two processor cores, no GPU, {recipe['dtype']}; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
         f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
         "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
-        "interval of a bootstrap over tasks, queries and orders. Shots and rates are chosen on validation tasks.",
+        f"interval of a bootstrap over tasks, queries and orders. {'Shots and rates' if several else 'Shots'} are chosen on validation tasks.",
         "",
     ]
     for title, body in sections(results):
@@ -192,7 +182,8 @@ def main() -> None:
     """Copy the results and write the page."""
     source, target, recipe_path = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     results = read_results(source)
-    results = results.model_copy(update={"claims": make_claims(results)})
+    recipe = results.recipe | {"output": f"runs/{target.name}"}  # No path of the machine it was made on.
+    results = results.model_copy(update={"claims": make_claims(results), "recipe": recipe})
     write_results(results, target)
     write_text_atomic(target.with_suffix(".md"), page(results, target.name, recipe_path))
 

@@ -117,7 +117,7 @@ def test_calibrated_labels_are_scored_against_words_of_the_demonstrations(loaded
     task = small_task(("yes", "no", "perhaps"), num_test=5)
     engine = method_with(loaded).engine
     method = CalibratedInContext(engine, name="x")
-    assert (method.name, method.fingerprint) == ("x", f"{InContext(engine).fingerprint}/domain_context")
+    assert (method.name, method.fingerprint) == ("x", f"{InContext(engine).fingerprint}/domain_context/0")
     opened = method.open(task, task.train, task.test)
     encode = engine.encoder.encode_query
     queries = [encode(query.input) for query in task.test]

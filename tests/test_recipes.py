@@ -7,6 +7,7 @@ import pytest
 from manyicl.config import Recipe, load_recipe
 from manyicl.errors import RecipeError
 from manyicl.study.cells import list_cells
+from manyicl.study.jobs import count_updates
 from manyicl.study.recipe import load_study_recipe
 from manyicl.tasks.readers import load_suite
 
@@ -63,6 +64,18 @@ def test_the_tasks_of_a_study_exist_and_none_is_trained_on_that_is_read(path: Pa
     names = [cell.name for cell in list_cells(study, suite)]
     assert len(names) == len(set(names))
     assert {f"evaluate/all_answers/seed-0/{task}" for task in suite.held_out} <= set(names)
+
+
+@pytest.mark.parametrize("path", [path for path in STUDIES if path.parent.name == "ablations"], ids=name_of)
+def test_every_variant_of_an_ablation_can_be_trained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows hold an example of every task, and its budget is some updates."""
+    if not (RECIPES.parent.parent / "shared" / "data").is_dir():
+        pytest.skip("needs the folder of real tasks ../shared/data")
+    monkeypatch.chdir(RECIPES.parent)
+    study = load_study_recipe(path)
+    suite = load_suite(study.tasks)
+    for method in study.joint_methods():
+        assert count_updates(study.training_recipe(method), suite, study.budget_tokens) >= 10, method
 
 
 def test_no_two_recipes_share_an_output_folder() -> None:

@@ -11,6 +11,7 @@ import yaml
 from manyicl.planning import show_bytes
 from manyicl.records import read_records
 from manyicl.reporting.terminal import markdown_curves
+from manyicl.results.files import read_results
 from manyicl.training_plan import memory
 from manyicl.training_plan.plans import CPU_SHARES
 
@@ -185,3 +186,23 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     recipe = yaml.safe_load((RESULTS / "study" / "study.yaml").read_text(encoding="utf-8"))
     assert f"{recipe['budget_tokens']:,} tokens each" in readme
     assert f"all that fit in {recipe['context_tokens']:,} tokens" in readme
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/cells.json")), ids=lambda path: path.parent.name)
+def test_the_pages_of_studies_are_made_from_their_results(path: Path) -> None:
+    name = path.parent.name
+    page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    recipe = page.partition("Made by `manyicl study ")[2].partition("`")[0]
+    assert (ROOT / recipe).is_file()
+    assert load_benchmark("study_page").page(read_results(path.parent), name, recipe) == page
+
+
+def test_the_results_of_the_study_can_be_restored(tmp_path: Path) -> None:
+    """As far as can be seen without the tasks: each record belongs to a cell, and what later cells ask for is there."""
+    results = read_results(RESULTS / "study")
+    assert sum(cell.num_records for cell in results.cells) == len(results.records)
+    done = {cell.cell: cell for cell in results.cells if cell.status == "done"}
+    assert {name for name, cell in done.items() if cell.kind == "rate" and "rate" not in cell.facts} == set()
+    assert {name for name, cell in done.items() if cell.kind == "train" and not cell.facts["snapshots"]} == set()
+    assert results.recipe["dtype"] == "bfloat16"
+    assert len(results.examples) >= 20

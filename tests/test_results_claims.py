@@ -6,7 +6,7 @@ import pytest
 from manyicl.errors import RecordsError
 from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import make_claims
-from manyicl.results.files import CorpusFacts, ModelFacts, StudyResults, read_results, write_results
+from manyicl.results.files import CellFacts, CorpusFacts, ModelFacts, StudyResults, read_results, write_results
 from manyicl.results.forgetting_card import change_of_bits
 from test_results_contrasts import make
 
@@ -231,3 +231,24 @@ def test_the_second_reading_waits_for_all_methods(results):
     right = {"validation": dict.fromkeys(SHOTS, 9), "held_out": dict.fromkeys(SHOTS, 9)}
     some = results.model_copy(update={"records": results.records + calibrated(ours, right)})
     assert make_claims(some)["second_reading"] is None
+
+
+def test_the_second_reading_waits_for_all_its_cells(results):
+    """Of some tasks alone it would be a plain reading by another name."""
+    right = {"validation": dict.fromkeys(SHOTS, 9), "held_out": dict.fromkeys(SHOTS, 9)}
+    read_again = results.model_copy(update={"records": results.records + calibrated(results.records, right)})
+    assert make_claims(read_again)["second_reading"] is not None
+    for status in ("open", "failed"):
+        cell = CellFacts(cell="calibrated/base/h1", kind="calibrated", status=status)
+        assert make_claims(read_again.model_copy(update={"cells": [cell]}))["second_reading"] is None
+
+
+def test_variants_are_compared_with_what_they_are_variants_of(results):
+    better = {"validation": dict.fromkeys(SHOTS, 9), "held_out": dict.fromkeys(SHOTS, 9)}
+    records = results.records + grid("short/seed-0", "short", better)
+    recipe = results.recipe | {"variants": {"short": {"method": "few_shot_5", "change": {}}, "other": {"method": "all_answers"}}}
+    models = [*results.models, facts("short")]
+    claims = make_claims(results.model_copy(update={"records": records, "recipe": recipe, "models": models}))
+    assert list(claims["variants"]) == ["short"]  # The other is not evaluated.
+    assert claims["variants"]["short"]["against"] == "few_shot_5"
+    assert claims["variants"]["short"]["at_best_shots"]["value"] == pytest.approx(90 - 50)

@@ -163,7 +163,7 @@ class HarnessScore:
 
 
 def evaluate_harness_tasks(
-    model: str, tasks: Sequence[str], *, include_path: str | None = None, limit: int | None = None
+    model: str, tasks: Sequence[str], *, dtype: Dtype = "auto", include_path: str | None = None, limit: int | None = None
 ) -> list[HarnessScore]:
     """Scores of a model on tasks of the harness, each with the shots that the task itself asks for.
 
@@ -183,7 +183,7 @@ def evaluate_harness_tasks(
         raise ModelError(f"lm-eval knows no task {', '.join(unknown)}. `lm_eval --tasks list` shows its tasks.")
     try:
         found = simple_evaluate(
-            model=ManyICLModel(model),
+            model=ManyICLModel(model, dtype=dtype),
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,

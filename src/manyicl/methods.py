@@ -122,30 +122,36 @@ class CalibratedInContext(InContext):
     """In-context learning whose label scores are calibrated by inputs of random words of the demonstrations.
 
     Without demonstrations there are no such words, and content-free inputs take their place. Tasks without a label set are
-    answered as by `InContext`. Costs 20 more queries for each number of shots. See `calibration`.
+    answered as by `InContext`. Costs 20 more queries for each number of shots (3 without demonstrations), and every label of
+    every query is scored. See `calibration`.
+
+    Args:
+        seed: Draws the words.
     """
 
-    def __init__(self, engine: NativeEngine, *, name: str = "in-context") -> None:
+    def __init__(self, engine: NativeEngine, *, name: str = "in-context", seed: int = 0) -> None:
         super().__init__(engine, name=name)
-        self.fingerprint += "/domain_context"
+        self.seed = seed
+        self.fingerprint += f"/domain_context/{seed}"
 
     def open(self, task: Task, demonstrations: Sequence[Example], queries: Sequence[Example]) -> OpenedInContext:
         """See `InContext.open`."""
         opened = super().open(task, demonstrations, queries)
-        return OpenedCalibrated(opened, demonstrations) if task.labels else opened
+        return OpenedCalibrated(opened, demonstrations, seed=self.seed) if task.labels else opened
 
 
 class OpenedCalibrated(OpenedInContext):
     """Demonstrations of one label task, prefilled, with their texts at hand."""
 
-    def __init__(self, opened: OpenedInContext, demonstrations: Sequence[Example]) -> None:
+    def __init__(self, opened: OpenedInContext, demonstrations: Sequence[Example], *, seed: int) -> None:
         super().__init__(opened.engine, opened.task, opened.prefix, opened.max_answer_tokens)
         self.demonstrations = demonstrations[: opened.num_demonstrations]
+        self.seed = seed
 
     def answer(self, queries: Sequence[Example], num_shots: int) -> list[Answer]:
         """Answers after the first `num_shots` demonstrations; their calibrated scores are no log-probabilities, and left out."""
         prefix, shown = self.prefix.trim(num_shots), self.demonstrations[:num_shots]
-        contexts = draw_domain_inputs(shown, seed=0) if shown else list(CONTENT_FREE_INPUTS)
+        contexts = draw_domain_inputs(shown, seed=self.seed) if shown else list(CONTENT_FREE_INPUTS)
         room = self.engine.context_tokens - prefix.stops[num_shots] - self.max_answer_tokens
         scores = self.engine.choose_calibrated(
             prefix,

@@ -294,7 +294,8 @@ def second_reading_table(findings: Findings) -> Table | None:
     for name, claim in second["claims"].items():
         first = findings.claim(name)
         read = (_how_read(second["methods"][method]) for method in (OURS, claim["against"]))
-        before = float(first["at_best_shots"]["value"]) if first else None
+        is_same = first is not None and first["against"] == claim["against"]
+        before = float(first["at_best_shots"]["value"]) if is_same else None
         rows.append((method_label(claim["against"]), *read, *_ends(claim["at_best_shots"]), before, claim["verdict"]))
     return Table(columns, rows)
 

@@ -7,7 +7,7 @@ validation tasks, so that whether scores are calibrated is chosen like the numbe
 
 from collections.abc import Sequence
 
-from manyicl.records import EvaluationRecord
+from manyicl.records import EvaluationRecord, Shots
 
 CALIBRATED = "calibrated"
 
@@ -18,18 +18,22 @@ def calibrated_model(model: str) -> str:
 
 
 def with_calibrated(records: Sequence[EvaluationRecord]) -> list[EvaluationRecord]:
-    """The records, and for each model with calibrated ones another model: see the module's first lines."""
-    calibrated = {
-        (record.model, record.task, record.shots, record.seed): record for record in records if record.condition == CALIBRATED
-    }
+    """The records, and for each model with calibrated ones another model: see the module's first lines.
+
+    Where a task was calibrated for some model, one that has no calibrated record of it lacks the task.
+    """
+    calibrated = {_cell(record): record for record in records if record.condition == CALIBRATED}
     models = {record.model for record in calibrated.values()}
     tasks = {record.task for record in calibrated.values()}
     made = []
     for record in records:
         if record.condition or record.model not in models:
             continue
-        own = calibrated.get((record.model, record.task, record.shots, record.seed))
-        if own is None and record.task in tasks:
-            continue  # Not evaluated yet: a cell that is missing, not one that is plain.
-        made.append((own or record).model_copy(update={"model": calibrated_model(record.model), "condition": ""}))
+        own = calibrated.get(_cell(record))
+        if own is not None or record.task not in tasks:
+            made.append((own or record).model_copy(update={"model": calibrated_model(record.model), "condition": ""}))
     return [*records, *made]
+
+
+def _cell(record: EvaluationRecord) -> tuple[str, str, Shots, int]:
+    return record.model, record.task, record.shots, record.seed

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from manyicl.records import EvaluationRecord, Shots, shot_order
-from manyicl.results.calibrated import calibrated_model, with_calibrated
+from manyicl.results.calibrated import CALIBRATED, calibrated_model, with_calibrated
 from manyicl.results.contrasts import (
     Cells,
     TaskTerms,
@@ -95,14 +95,18 @@ def compare_all(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]
 
 
 def compare_variants(results: StudyResults, cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]:
-    """Each variant of an ablation less ours, on held-out tasks: at the best shots of each, and both at max."""
-    variants, ours = results.recipe.get("variants", {}), readings.get(OURS)
-    found = {name: compare(cells, readings.get(name), ours, aim=None) for name in variants}
+    """Each variant of an ablation less the method it is one of, on held-out tasks: at the best shots of each, and at max."""
+    variants = results.recipe.get("variants", {})
+    found = {
+        name: compare(cells, readings.get(name), readings.get(variant["method"]), aim=None) for name, variant in variants.items()
+    }
     return {name: claim for name, claim in found.items() if claim}
 
 
 def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots: Sequence[Shots]) -> dict[str, Any] | None:
-    """The comparisons with each method calibrated where that is better on the validation tasks; None unless all are evaluated."""
+    """The comparisons with each method calibrated where that is better on the validation tasks; None until all cells are done."""
+    if any(cell.kind == CALIBRATED and cell.status != "done" for cell in results.cells):
+        return None
     cells = Cells(with_calibrated(results.records))
     chosen, validation = {}, {}
     for name, plain in readings.items():

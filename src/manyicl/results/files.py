@@ -6,6 +6,7 @@
     corpora.json       bits of plain text under each model, window by window
     harness.json       scores of lm-evaluation-harness tasks under each model, where some were asked for
     cells.json         what was done, what failed, what is open, and what it took
+    tasks.json         hashes of the tasks' examples
     claims.json        what follows, made from the others by `claims`
 
 `method` is what is compared (all_answers, few_shot_16 …); `model` is one set of weights of it, named method/seed-0/update-100.
@@ -20,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from manyicl.errors import RecordsError
-from manyicl.files import write_bytes_atomic, write_text_atomic
+from manyicl.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from manyicl.records import EvaluationRecord, read_records
 
 BASE = "base"
@@ -103,6 +104,7 @@ class StudyResults(BaseModel):
     corpora: list[CorpusFacts]
     cells: list[CellFacts]
     harness: list[HarnessFacts] = []
+    examples: dict[str, str] = Field(default_factory=dict)
     claims: dict[str, Any] = Field(default_factory=dict)
 
     def model_facts(self, model: str) -> ModelFacts | None:
@@ -122,6 +124,7 @@ def write_results(results: StudyResults, folder: Path) -> None:
     for name in ("models", "corpora", "harness", "cells"):
         facts: Sequence[_Fact] = getattr(results, name)
         write_text_atomic(folder / f"{name}.json", _one_a_line(facts))
+    write_json_atomic(folder / "tasks.json", results.examples)
     write_text_atomic(folder / "claims.json", TypeAdapter(dict[str, Any]).dump_json(results.claims, indent=2).decode() + "\n")
 
 
@@ -145,6 +148,7 @@ def read_results(folder: Path) -> StudyResults:
         corpora=_read_facts(folder / "corpora.json", CorpusFacts),
         harness=_read_facts(folder / "harness.json", HarnessFacts),
         cells=_read_facts(folder / "cells.json", CellFacts),
+        examples=_read_mapping(folder / "tasks.json") if (folder / "tasks.json").is_file() else {},
         claims=_read_mapping(folder / "claims.json") if (folder / "claims.json").is_file() else {},
     )
 

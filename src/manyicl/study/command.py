@@ -23,7 +23,10 @@ def open_study(path: Path, output: str | None, kinds: Sequence[str], *, restore:
         restore: Published results of this study to go on from, in a folder in which no cell was begun.
 
     Raises:
-        RecipeError: the recipe is wrong, a kind is unknown, the folder belongs to another study, or cannot be restored.
+        RecipeError: the recipe is wrong, a kind is unknown, the folder belongs to another study, or the results to restore do.
+        RecordsError: the results to restore are broken.
+        TaskError: a task cannot be read.
+        StorageError: the folder cannot be written.
     """
     recipe = load_study_recipe(path)
     if output is not None:

@@ -47,7 +47,7 @@ def tune_dedicated(
         raise TaskError(f"task {task.name!r}: {len(examples)} example(s) cannot be shared out for dedicated tuning. Give more.")
     shutil.rmtree(folder, ignore_errors=True)
     kept_back, trained = split_fifth(examples, task.name, seed)
-    loaded = load_model(recipe.model)
+    loaded = load_model(recipe.model, dtype=recipe.dtype)
     encoder = Encoder(loaded.tokenizer)
     lengths = [encoder.count_opening(task.instruction) + encoder.count_example(each.input, each.answer) for each in trained]
     row_tokens = max(16, max(lengths), min(_ROW_TOKENS, sum(lengths)))

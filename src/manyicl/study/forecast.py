@@ -91,7 +91,7 @@ class Forecaster:
 
     def peak_memory_bytes(self) -> int:
         """Of the largest training, or the longest prefix beside the model."""
-        prefix = prefix_bytes(self.config, self.context, resolve_dtype("auto"))
+        prefix = prefix_bytes(self.config, self.context, resolve_dtype(self.recipe.dtype))
         return max([prefix, *(plan.peak_bytes for plan in self._plans.values())])
 
     def _training(self, method: str, tokens: float) -> float:

@@ -4,14 +4,11 @@ Nothing that is chosen is chosen on held-out tasks: rates and shots are read fro
 """
 
 import json
-import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from manyicl.classic import ClassicBaseline
 from manyicl.config import Recipe
@@ -31,13 +28,11 @@ from manyicl.results.files import BASE, CorpusFacts, HarnessFacts, ModelFacts
 from manyicl.results.forgetting_card import CHAT
 from manyicl.robustness import evaluate_robustness
 from manyicl.runs import library_versions, train
-from manyicl.study.cells import Cell, list_cells, rate_method, rate_name
+from manyicl.study.cells import Cell, rate_method, rate_name
 from manyicl.study.dedicated import tune_dedicated
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.readers import load_suite
 from manyicl.tasks.task import TaskSuite
-
-logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 1_000_000
 
@@ -140,14 +135,10 @@ class Study:
         saving = {"num_steps": num_steps, "save_every": save_every, "keep_checkpoints": num_steps // save_every + 1}
         return self.recipe.training_recipe(method, training={"learning_rate": rate} | saving, **changes)
 
-    def _final_recipe(self, cell: Cell) -> Recipe:
-        """The training recipe of the whole budget at the chosen rate."""
-        tokens, num_snapshots = self.recipe.budget_tokens, self.recipe.num_snapshots
-        return self._training_recipe(cell.method, cell, self.chosen_rate(cell.method), tokens=tokens, num_snapshots=num_snapshots)
-
     def _train(self, cell: Cell) -> Outcome:
         """Spend the whole budget at the chosen rate."""
-        recipe, num_snapshots = self._final_recipe(cell), self.recipe.num_snapshots
+        rate, num_snapshots = self.chosen_rate(cell.method), self.recipe.num_snapshots
+        recipe = self._training_recipe(cell.method, cell, rate, tokens=self.recipe.budget_tokens, num_snapshots=num_snapshots)
         result = train(recipe, resume=True)
         name = cell.name.partition("/")[2]
         updates = [number * recipe.training.save_every for number in range(1, num_snapshots)] + [result.updates]
@@ -161,7 +152,7 @@ class Study:
                     method=cell.method,
                     setting="family" if cell.options["family"] else "held_out",
                     training_seed=cell.options["seed"],
-                    learning_rate=recipe.training.learning_rate,
+                    learning_rate=rate,
                     updates=update,
                     seconds=progress["seconds"],
                     peak_memory_bytes=result.peak_memory_bytes,
@@ -238,26 +229,16 @@ class Study:
             return self.recipe.model
         *parents, last = model.split("/")
         if "of" not in last or not last[0].isdecimal():
-            return str(self._trained_run(model))
+            return str(self.folder(f"train/{model}") / "run")
         final = "/".join(parents)
         update = self.read(f"train/{final}").facts["snapshots"][model]
-        return str(checkpoint_folder(str(self._trained_run(final)), update))
-
-    def _trained_run(self, model: str) -> Path:
-        """The run of a training cell that is done; trained again where its weights are gone, as after `restore_folder`."""
-        cell = next(cell for cell in list_cells(self.recipe, self.suite) if cell.name == f"train/{model}")
-        run = self.folder(cell.name) / "run"
-        if not (run / "summary.json").is_file():
-            with filelock.FileLock(self.folder(cell.name) / "lock"):  # Another process that needs them waits.
-                logger.info("%s: its weights are not here and are trained again", cell.name)
-                train(self._final_recipe(cell), resume=True)
-        return run
+        return str(checkpoint_folder(str(self.folder(f"train/{final}") / "run"), update))
 
     def _load(self, path: str) -> LoadedModel:
         """A model; the one before it is let go."""
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None
-            self._loaded = (path, load_model(path))
+            self._loaded = (path, load_model(path, dtype=self.recipe.dtype))
         return self._loaded[1]
 
     def _method(self, path: str, name: str, *, format: Format = "plain") -> InContext:
@@ -350,7 +331,11 @@ class Study:
         model, settings = cell.name.partition("/")[2], self.recipe.forgetting
         path = self._model_path(model)
         scores = evaluate_harness_tasks(
-            path, settings.harness_tasks, include_path=settings.harness_path, limit=settings.harness_limit
+            path,
+            settings.harness_tasks,
+            dtype=self.recipe.dtype,
+            include_path=settings.harness_path,
+            limit=settings.harness_limit,
         )
         return Outcome(harness=[HarnessFacts(model=model, method=cell.method, **asdict(score)) for score in scores])
 

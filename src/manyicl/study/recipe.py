@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from manyicl.config import YAML_ERRORS, Recipe, explain_validation, parse_recipe
+from manyicl.dtypes import Dtype, resolve_dtype
 from manyicl.errors import RecipeError
 
 # What a jointly tuned method changes in the training recipe. Short sequences share rows; each attends only to itself.
@@ -104,6 +105,7 @@ class StudyRecipe(_Section):
     """A whole study."""
 
     model: str = Field("default", description="`default`, a folder, a hub id or a .gguf file.")
+    dtype: Dtype = Field("auto", description="Number format of all weights; auto takes bfloat16 where it is fast.")
     tasks: str = Field("builtin", description="`builtin`, or the folder of a suite.")
     output: str = Field("runs/study", description="Folder of the cells; results are in its folder `results`.")
     seed: int = Field(0, ge=0, description="First training seed.")
@@ -150,6 +152,14 @@ class StudyRecipe(_Section):
         """The jointly tuned methods and variants that are compared."""
         return [name for name in self.methods if name in JOINT_METHODS or name in self.variants]
 
+    def resolved(self) -> "StudyRecipe":
+        """The recipe with the number format that `auto` means on this machine: cells of one study share it.
+
+        Raises:
+            ModelError: this processor does not have the format.
+        """
+        return self.model_copy(update={"dtype": str(resolve_dtype(self.dtype)).removeprefix("torch.")})
+
     def training_recipe(self, method: str, **changes: Any) -> Recipe:
         """The training recipe of a jointly tuned method.
 
@@ -158,7 +168,7 @@ class StudyRecipe(_Section):
         """
         variant = self.variants.get(method)
         content: dict[str, Any] = {"model": self.model, "tasks": self.tasks, "seed": self.seed}
-        base = {"training": {"schedule": "constant_with_warmup", "dtype": "auto"}}
+        base = {"training": {"schedule": "constant_with_warmup", "dtype": self.dtype}}
         layers = [
             base,
             JOINT_METHODS[variant.method if variant else method],

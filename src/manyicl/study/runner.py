@@ -50,8 +50,8 @@ from manyicl.tasks.task import TaskSuite
 logger = logging.getLogger(__name__)
 
 Status = Literal["done", "failed", "open"]
+PUBLISHED_FILE = "published.json"
 _POLL_SECONDS = 5.0
-_CHANGE_NO_CELL = {"output", "calibrated", "notes"}  # Keys that may change during a study: `calibrated` adds cells of its own.
 _STOPPED = {signal.SIGKILL: "killed by the system, which does so when memory runs out", signal.SIGSEGV: "crashed"}
 
 
@@ -90,17 +90,17 @@ class StudyFolder:
 
     def __init__(self, recipe: StudyRecipe, suite: TaskSuite) -> None:
         self.output = Path(recipe.output)
-        self.recipe = recipe
+        self.recipe = recipe.resolved()
         self.cells = list_cells(recipe, suite)
-        self._claim(suite)
+        self.examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
+        self._claim()
 
-    def _claim(self, suite: TaskSuite) -> None:
+    def _claim(self) -> None:
         """Make the folder this study's, or see that it is; one in which no cell was begun, as after `--plan`, is anyone's."""
         recipe = yaml.safe_dump(self.recipe.model_dump(mode="json", exclude={"output"}), sort_keys=False, allow_unicode=True)
-        examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
         path, hashes = self.output / "study.yaml", self.output / "tasks.json"
         if not (self.output / "cells").exists():
-            write_json_atomic(hashes, examples)
+            write_json_atomic(hashes, self.examples)
             write_text_atomic(path, recipe)
             return
         if not (path.is_file() and hashes.is_file()):
@@ -111,7 +111,7 @@ class StudyFolder:
             raise RecipeError(f"{path}: is no study recipe of this version ({error}). Choose another output.") from error
         if differing:
             raise RecipeError(f"{self.output}: holds the results of another recipe ({differing} differ). Choose another output.")
-        changed = _differing_keys(examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
+        changed = compare_mappings(self.examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
         if changed:
             raise RecipeError(f"{self.output}: the examples of {changed} have changed. Choose another output.")
         if path.read_text(encoding="utf-8") != recipe:
@@ -144,6 +144,11 @@ class StudyFolder:
             raise RecordsError(
                 f"{path}: is no result of a cell ({error}). Remove the file; the cell is then done again."
             ) from error
+
+    def _published(self, cell: str) -> list[ModelFacts]:
+        """The models of a training that is to be repeated, as published (see `restore`)."""
+        path = self.folder(cell) / PUBLISHED_FILE
+        return CellResult.model_validate_json(path.read_bytes()).models if path.is_file() else []
 
     def outcome(self, cell: str) -> Outcome:
         """What a finished cell found."""
@@ -196,6 +201,7 @@ class StudyFolder:
         for cell in self.cells:
             status = self.status(cell.name)
             result = self.read(cell.name) if status == "done" else None
+            models += self._published(cell.name) if result is None else []
             if result is not None:
                 records += self.records(cell.name)
                 models += result.models
@@ -204,6 +210,7 @@ class StudyFolder:
             facts.append(self._cell_facts(cell, status, result))
         results = StudyResults(
             recipe=self.recipe.model_dump(mode="json"),
+            examples=self.examples,
             records=records,
             models=models,
             corpora=corpora,
@@ -231,7 +238,7 @@ def work(recipe: StudyRecipe, *, kinds: Sequence[str] = (), deadline: float | No
     """
     suite = load_suite(recipe.tasks)
     folder = StudyFolder(recipe, suite)
-    study = Study(recipe, suite, folder.outcome)
+    study = Study(folder.recipe, suite, folder.outcome)
     wanted = [cell for cell in folder.cells if not kinds or cell.kind in kinds]
     parent = os.getppid()
     while (deadline is None or time.time() < deadline) and os.getppid() == parent:  # An orphan takes no further cell.
@@ -345,12 +352,14 @@ def compare_recipes(recipe: StudyRecipe, content: Any) -> str:
     Raises:
         ValidationError: what is on file is no study recipe.
     """
-    known = StudyRecipe.model_validate(content)  # With the defaults of keys that came to recipes since.
-    wanted, found = (each.model_dump(mode="json", exclude=_CHANGE_NO_CELL) for each in (recipe, known))
-    return _differing_keys(wanted, found)
+    known = StudyRecipe.model_validate(content).resolved()  # With the defaults of keys that came to recipes since.
+    # A second reading may be added, not taken away.
+    unchecked = {"output", "notes"} | ({"calibrated"} if recipe.calibrated else set())
+    wanted, found = (each.model_dump(mode="json", exclude=unchecked) for each in (recipe, known))
+    return compare_mappings(wanted, found)
 
 
-def _differing_keys(wanted: dict[str, Any], known: dict[str, Any]) -> str:
+def compare_mappings(wanted: dict[str, Any], known: dict[str, Any]) -> str:
     """The keys whose values differ, comma-separated; empty for none."""
     return ", ".join(sorted(key for key in wanted.keys() | known.keys() if wanted.get(key) != known.get(key)))
 

@@ -196,13 +196,15 @@ def test_what_cannot_be_restored_is_refused(make, tmp_path):
     with pytest.raises(RecordsError, match=r"its cells account for 2 of 8 records: the files are not of one writing"):
         restore_folder(open_folder(make("other", **study, dtype="float32")), results)
     recipe_file = results / "study.yaml"
-    recipe_file.write_text(recipe_file.read_text().replace("dtype: float32", "dtype: bfloat16"), encoding="utf-8")
+    text = recipe_file.read_text()
+    recipe_file.write_text(text.replace("dtype: float32", "dtype: bfloat16", 1), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"holds the results of another recipe \(dtype differ\)"):
         restore_folder(open_folder(make("other", **study, dtype="float32")), results)
+    recipe_file.write_text(text, encoding="utf-8")
     hashes = results / "tasks.json"
     hashes.write_text(hashes.read_text().replace('"speed": "', '"speed": "0'), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"results: was made from other examples of speed\. Give the examples"):
-        restore_folder(open_folder(make("other", **study, dtype="bfloat16")), results)
+        restore_folder(open_folder(make("other", **study, dtype="float32")), results)
     assert not (tmp_path / "other" / "cells").exists()
 
 
@@ -248,7 +250,7 @@ def test_scores_of_the_harness_are_gathered(make, monkeypatch):
     assert [facts.model_dump() for facts in found] == [
         {"model": "base", "method": "in_context", "task": "odd", "metric": "acc", "value": 0.5, "standard_error": 0.25}
     ]
-    assert asked == [(["odd"], {"include_path": None, "limit": 7})]
+    assert asked == [(["odd"], {"dtype": recipe.resolved().dtype, "include_path": None, "limit": 7})]
 
 
 def test_a_harness_that_is_not_installed_fails_its_cells_alone(make, monkeypatch):

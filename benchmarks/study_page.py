@@ -164,7 +164,7 @@ def page(results: StudyResults, name: str, recipe_path: str) -> str:
     several = len(recipe["rates"]["values"]) > 1
     versions = next((cell.versions for cell in results.cells if cell.versions), {})
     lines = [
-        f"# {TITLES.get(name, f'Ablation: {name}')}",
+        f"# {TITLES.get(name, 'Ablation: ' + name.removeprefix('ablation-'))}",
         "",
         f"Made by `manyicl study {recipe_path}` and `python benchmarks/study_page.py`; every number is in [{name}]({name}).",
         f"{progress_line(results)} Two processor cores, no GPU, {recipe['dtype']}; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",

@@ -131,13 +131,13 @@ class StudyFolder:
         """Whether a cell is open and what it needs is done."""
         return self.status(cell.name) == "open" and all(self.status(needed) == "done" for needed in cell.needs)
 
-    def read(self, cell: str) -> CellResult:
+    def read(self, cell: str, name: str = "result.json") -> CellResult:
         """The result of a finished cell.
 
         Raises:
             RecordsError: it is broken.
         """
-        path = self.folder(cell) / "result.json"
+        path = self.folder(cell) / name
         try:
             return CellResult.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
@@ -147,8 +147,7 @@ class StudyFolder:
 
     def _published(self, cell: str) -> list[ModelFacts]:
         """The models of a training that is to be repeated, as published (see `restore`)."""
-        path = self.folder(cell) / PUBLISHED_FILE
-        return CellResult.model_validate_json(path.read_bytes()).models if path.is_file() else []
+        return self.read(cell, PUBLISHED_FILE).models if (self.folder(cell) / PUBLISHED_FILE).is_file() else []
 
     def outcome(self, cell: str) -> Outcome:
         """What a finished cell found."""

@@ -158,6 +158,14 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
     return [(title, lines) for title, lines, is_asked in parts if is_asked and lines]
 
 
+def missing_line(results: StudyResults) -> list[str]:
+    """The tasks that final weights were not evaluated on; nothing where there are none."""
+    finals = {method["model"] for method in results.claims["methods"].values()}
+    names = [cell.cell.removeprefix("evaluate/").rpartition("/") for cell in results.cells if cell.status != "done"]
+    missing = sorted({task for model, _, task in names if model in finals})
+    return [f"Not evaluated for all methods, and so in no figure below: {', '.join(missing)}."] if missing else []
+
+
 def page(results: StudyResults, name: str, recipe_path: str) -> str:
     """The whole page as Markdown."""
     recipe = results.recipe
@@ -171,6 +179,7 @@ def page(results: StudyResults, name: str, recipe_path: str) -> str:
         f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
         "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
         f"interval of a bootstrap over tasks, queries and orders. {'Shots and rates' if several else 'Shots'} are chosen on validation tasks.",
+        *missing_line(results),
         "",
     ]
     for title, body in sections(results):

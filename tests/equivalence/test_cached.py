@@ -231,9 +231,7 @@ def test_answers_are_no_longer_than_allowed(tiny_model, encoder, max_new_tokens)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not has_fast_bfloat16(), reason="needs a processor with instructions for bfloat16; emulated, it takes minutes"
-)
+@pytest.mark.skipif(not has_fast_bfloat16(), reason="needs a processor with instructions for bfloat16")
 def test_the_default_model_in_bfloat16_agrees_with_whole_sequences(default_model):
     """In bf16 both sides round, in another order: measured 0.19 at most on log-probabilities down to -10, stated 0.3.
 

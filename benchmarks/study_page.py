@@ -163,7 +163,7 @@ def missing_line(results: StudyResults) -> list[str]:
     finals = {method["model"] for method in results.claims["methods"].values()}
     names = [cell.cell.removeprefix("evaluate/").rpartition("/") for cell in results.cells if cell.status != "done"]
     missing = sorted({task for model, _, task in names if model in finals})
-    return [f"Not evaluated for all methods, and so in no figure below: {', '.join(missing)}."] if missing else []
+    return [f"Not evaluated for all methods: {', '.join(missing)}."] if missing else []
 
 
 def page(results: StudyResults, name: str, recipe_path: str) -> str:

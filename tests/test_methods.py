@@ -132,16 +132,29 @@ def test_calibrated_labels_are_scored_against_words_of_the_demonstrations(loaded
         assert [answer.text for answer in answers] == [task.labels[int(np.argmax(own))] for own in expected]
 
 
-def test_inputs_that_calibrate_are_no_longer_than_there_is_room_for(loaded, small_task):
+def test_inputs_that_calibrate_are_no_longer_than_there_is_room_for(loaded, small_task, monkeypatch):
     """All demonstrations but the first are long, and so are texts of their words; queries are short."""
     train = [Example("a b", "yes"), *[Example(" ".join(["word"] * 12), "no")] * 3]
     task = small_task(("yes", "no"), train=train, test=[Example("a b", "yes")] * 2)
     encoder = Encoder(loaded.tokenizer)
     taken = sum(encoder.count_example(each.input, each.answer) for each in train) + encoder.count_opening("")
     room = len(encoder.encode_query("a b")) + 2 + len(encoder.encode_answer("yes"))
-    opened = CalibratedInContext(method_with(loaded, taken + room).engine).open(task, train, task.test)
+    engine = method_with(loaded, taken + room).engine
+    opened = CalibratedInContext(engine).open(task, train, task.test)
     assert opened.num_demonstrations == 4
+    given, choose = [], engine.choose_calibrated
+
+    def record(*arguments, context_inputs):
+        given.extend(context_inputs)
+        return choose(*arguments, context_inputs=context_inputs)
+
+    monkeypatch.setattr(engine, "choose_calibrated", record)
     assert {answer.choice in (0, 1) for answer in opened.answer(task.test, 4)} == {True}
+    drawn = draw_domain_inputs(train, seed=0)
+    left = room - opened.max_answer_tokens
+    assert max(len(encoder.encode_query(text)) for text in drawn) > left
+    assert max(len(encoder.encode_query(text)) for text in given) <= left
+    assert [whole.startswith(text) and bool(text) for whole, text in zip(drawn, given, strict=True)] == [True] * 20
 
 
 def test_free_text_is_not_calibrated(loaded, small_task):

@@ -251,24 +251,31 @@ def test_after_a_storm_of_queries_nothing_is_left_waiting_and_every_answer_was_r
     draw = random.Random(0)
     counts = Counter()
 
+    async def ask(backend, number, place, text, deadline):
+        if number % 3:
+            scored = await backend.score(specs[place], [inputs[text]], deadline=deadline)
+            assert list(scored.log_probabilities) == [pytest.approx(scores[place][text].tolist(), abs=1e-4)]
+        else:
+            options = GenerationOptions(max_tokens=4)
+            async with contextlib.aclosing(backend.generate(specs[place], inputs[text], options, deadline=deadline)) as pieces:
+                assert "".join([piece.text async for piece in pieces]) == texts[place][text]
+
     async def query(backend, number):
+        """Ask until it is answered or its time is over: how often a full queue refuses it depends on the machine."""
         place, text = draw.randrange(4), draw.randrange(5)
         await asyncio.sleep(draw.random() * 1.5)
         deadline = time.monotonic() + draw.random() * 0.05 if number % 7 == 0 else None
-        try:
-            if number % 3:
-                scored = await backend.score(specs[place], [inputs[text]], deadline=deadline)
-                assert list(scored.log_probabilities) == [pytest.approx(scores[place][text].tolist(), abs=1e-4)]
+        while True:
+            try:
+                await ask(backend, number, place, text, deadline)
+            except OverloadedError:
+                await asyncio.sleep(draw.random() * 0.2)
+            except DeadlineError:
+                counts["late"] += 1
+                return
             else:
-                options = GenerationOptions(max_tokens=4)
-                async with contextlib.aclosing(
-                    backend.generate(specs[place], inputs[text], options, deadline=deadline)
-                ) as pieces:
-                    assert "".join([piece.text async for piece in pieces]) == texts[place][text]
-        except (OverloadedError, DeadlineError) as error:
-            counts[type(error)] += 1
-        else:
-            counts["answered"] += 1
+                counts["answered"] += 1
+                return
 
     async def scenario(backend):
         tasks = [asyncio.create_task(query(backend, number)) for number in range(600)]
@@ -277,6 +284,7 @@ def test_after_a_storm_of_queries_nothing_is_left_waiting_and_every_answer_was_r
             task.cancel()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(error) for error in found if error is not None} <= {asyncio.CancelledError}
+        counts["cancelled"] = sum(error is not None for error in found)
         await asyncio.sleep(0.05)
         load = backend.load()
         assert (load.num_waiting, load.num_running) == (0, 0)
@@ -287,8 +295,9 @@ def test_after_a_storm_of_queries_nothing_is_left_waiting_and_every_answer_was_r
         assert len(asyncio.all_tasks()) == 3  # This one, the one that awaits it, and the batcher's.
 
     serve(scenario, max_queue=40)
-    assert counts["answered"] > 60  # How many are turned away depends on the machine.
-    assert counts[DeadlineError] > 0
+    assert counts["answered"] > 300
+    assert counts["late"] > 0
+    assert counts.total() == 600
 
 
 def test_the_event_loop_stays_free_while_the_model_computes(serve, passes):

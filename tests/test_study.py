@@ -145,7 +145,9 @@ def test_a_second_reading_may_be_added_to_a_study_under_way(make, monkeypatch):
     work(grown)
     results = open_folder(grown).gather()
     assert untimed(results)[3] == before[3]
-    assert {record.condition for record in results.records if record not in before[0]} >= {"calibrated"}
+    own = [record for record in results.records if record.condition == "calibrated"]
+    assert {(record.model, record.task) for record in own} == {(model, task) for model in models for task in tasks}
+    assert [record for record in untimed(results)[0] if record.condition != "calibrated"] == before[0]
     assert set(results.claims["second_reading"]["methods"]) == {"in_context", "zero_shot", "all_answers", "classic"}
     assert "calibrated: true" in (Path(recipe.output) / "study.yaml").read_text()
 

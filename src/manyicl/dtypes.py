@@ -43,7 +43,7 @@ def has_fast_bfloat16() -> bool:
 def multiplies_in_bfloat16() -> bool:
     """Whether oneDNN multiplies in bfloat16 here; on any AVX-512 it does, without instructions for it slower than in float32.
 
-    Source: torch 2.8 to 2.13, whose public functions do not tell this.
+    Source: torch 2.13.0, whose public functions do not tell this.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -106,6 +106,12 @@ def _second_reading(findings: Findings) -> Figure | None:
     return Figure("second-reading", "Ours against others, calibrated", sentence, table, is_table_open=True) if table else None
 
 
+def _wait_for_calibrated(findings: Findings) -> str:
+    """What the second reading waits for; nothing where the recipe does not ask for one."""
+    is_asked = findings.recipe.get("calibrated")
+    return "label tasks are not evaluated with calibrated scores for all methods." if is_asked else ""
+
+
 def sections(findings: Findings) -> list[Section]:
     """The parts of the report after the claims, in reading order; a part that was not asked for is left out."""
     parts: list[tuple[str, str, str, Sequence[Figure | None], Sequence[str]]] = [
@@ -130,13 +136,7 @@ def sections(findings: Findings) -> list[Section]:
             [effects.forgetting_against_gain(findings), _against_others(findings), effects.harness_table(findings)],
             [sentence] if (sentence := forgetting_sentence(findings)) else (),
         ),
-        (
-            "second-reading",
-            "Second reading",
-            "label tasks are not evaluated with calibrated scores for all methods." if findings.recipe.get("calibrated") else "",
-            [_second_reading(findings)],
-            (),
-        ),
+        ("second-reading", "Second reading", _wait_for_calibrated(findings), [_second_reading(findings)], ()),
         ("budget", "Budget", "no snapshot is evaluated on all held-out tasks.", [budget_curves(findings)], ()),
         (
             "robustness",

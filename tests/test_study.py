@@ -152,6 +152,37 @@ def test_a_second_reading_may_be_added_to_a_study_under_way(make, monkeypatch):
     assert "calibrated: true" in (Path(recipe.output) / "study.yaml").read_text()
 
 
+def test_more_queries_may_be_asked_of_a_study_under_way(make, tmp_path):
+    recipe = make(**FAST)
+    work(recipe)
+    first = open_folder(recipe).gather()
+    suite = load_suite(recipe.tasks)
+    grown = make(**FAST, num_queries=recipe.num_queries + 1)
+    with open_folder(recipe).lock("classic/speed"), pytest.raises(RecipeError, match="a process is at classic/speed with fewer"):
+        open_folder(grown)
+    folder = open_folder(grown)
+    left = [cell.name for cell in folder.cells if folder.status(cell.name) == "open"]
+    read = [cell.name for cell in folder.cells if cell.kind in ("evaluate", "classic") and cell.task in suite.held_out]
+    assert left == read
+    work(grown)
+    again = open_folder(grown).gather()
+    kept = [record for record in first.records if record.role != "held_out"]
+    assert [record for record in again.records if record.role != "held_out"] == kept
+    assert again.models == first.models
+    longer = [record for record in again.records if record.role == "held_out"]
+    assert {record.num_queries for record in longer} == {grown.num_queries}
+    with pytest.raises(RecipeError, match="num_queries differ"):
+        open_folder(recipe)
+    fresh = make("fresh", **FAST, num_queries=grown.num_queries)
+    work(fresh)
+    assert untimed(again)[0] == untimed(open_folder(fresh).gather())[0]
+    restored = open_folder(make("restored", **FAST, num_queries=grown.num_queries))
+    write_results(first, tmp_path / "first")
+    restore_folder(restored, tmp_path / "first")
+    trainings = [cell.name for cell in restored.cells if cell.kind == "train"]  # Their weights are needed.
+    assert [cell.name for cell in restored.cells if restored.status(cell.name) == "open"] == [*trainings, *read]
+
+
 def untimed(results):
     """Results without what differs from one time to the next."""
     blank = {"seconds": 0.0, "prefill_seconds": 0.0}

@@ -4,6 +4,9 @@
 //
 // The keys of a key-value head are divided into `splits` parts, so that threads share them; a part sums its own dQ in fp32, and
 // the parts are added in order at the end. Nothing depends on which thread does what.
+//
+// With AMX dK and dV are summed as their transposes, dK^T += Q^T dS: so P and dS are right operands as they stand, and only Q and dO,
+// which are smaller, are turned.
 
 #include "tiles.h"
 
@@ -17,30 +20,36 @@ struct Buffers {
     uint32_t* key_columns;
     uint32_t* value_columns;
     uint32_t* key_pairs;
-    float* key_sums;            // dK [key block, D]
-    float* value_sums;          // dV [key block, D]
-    bf16* queries;              // [row block, D]
-    bf16* gradients;            // dO [row block, D]
-    uint32_t* query_pairs;
-    uint32_t* gradient_pairs;
+    float* key_sums;            // dK [key block, D], with AMX [D, key block]
+    float* value_sums;          // dV, likewise
+    float* turned_sums;         // with AMX both as [key block, D]
+    bf16* queries;              // [row block, width]
+    bf16* gradients;            // dO [row block, width]
+    uint32_t* query_pairs;      // [row block / 2, D], with AMX [D, row block / 2]
+    uint32_t* gradient_pairs;   // likewise
+    uint32_t* pairs;            // those of either before they are turned
     float* shifts;              // [row block], log-sum-exp in units of log 2
     float* deltas;              // [row block]
-    float* scores;              // [6, key block]
-    float* share_gradients;     // dP [6, key block]
+    float* scores;              // [tile rows, key block]
+    float* share_gradients;     // dP [tile rows, key block]
+    float* query_sums;          // dQ of a last tile with fewer rows [tile rows, D]
     uint32_t* share_strips;     // P, pairs of rows
     uint32_t* score_strips;     // dS, pairs of rows
     bf16* score_rows;           // dS [row block, key block]
     Row* places;                // [row block]
 
     Buffers(Carver& carver, const Call& call, int64_t)
-        : key_columns(carver.take<uint32_t>(kKeyBlock * call.size / 2)),
-          value_columns(carver.take<uint32_t>(kKeyBlock * call.size / 2)),
+        : key_columns(carver.take<uint32_t>(kKeyBlock * width_of(call.size) / 2)),
+          value_columns(carver.take<uint32_t>(kKeyBlock * width_of(call.size) / 2)),
           key_pairs(carver.take<uint32_t>(kKeyBlock * call.size / 2)), key_sums(carver.take<float>(kKeyBlock * call.size)),
-          value_sums(carver.take<float>(kKeyBlock * call.size)), queries(carver.take<bf16>(kRowBlock * call.size)),
-          gradients(carver.take<bf16>(kRowBlock * call.size)), query_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)),
-          gradient_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)), shifts(carver.take<float>(kRowBlock)),
+          value_sums(carver.take<float>(kKeyBlock * call.size)),
+          turned_sums(carver.take<float>(kHasAmx ? 2 * kKeyBlock * call.size : 0)), queries(carver.take<bf16>(kRowBlock * width_of(call.size))),
+          gradients(carver.take<bf16>(kRowBlock * width_of(call.size))), query_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)),
+          gradient_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)),
+          pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)), shifts(carver.take<float>(kRowBlock)),
           deltas(carver.take<float>(kRowBlock)), scores(carver.take<float>(kTileRows * kKeyBlock)),
           share_gradients(carver.take<float>(kTileRows * kKeyBlock)),
+          query_sums(carver.take<float>(kTileRows * call.size)),
           share_strips(carver.take<uint32_t>(kRowBlock / 2 * kKeyBlock)),
           score_strips(carver.take<uint32_t>(kRowBlock / 2 * kKeyBlock)), score_rows(carver.take<bf16>(kRowBlock * kKeyBlock)),
           places(carver.take<Row>(kRowBlock)) {}
@@ -59,7 +68,7 @@ struct Block {
         return std::clamp<int64_t>(all.most_visible(buffers.places[first], buffers.places[last]) - key_start, 0, keys);
     }
 
-    // Keys of the block that some of the six rows from `first` on see.
+    // Keys of the block that some of the tile's rows, from `first` on, see.
     int64_t visible(int64_t first) const { return visible(first, std::min(first + kTileRows, rows) - 1); }
 };
 
@@ -70,22 +79,41 @@ uint32_t* in_strips(uint32_t* strips, int64_t row, int64_t key) {
 
 Rows rows_of(const Call& call, int64_t pair) { return Rows(call, pair / call.shared_heads, pair % call.shared_heads); }
 
+// [rows, columns] of 32-bit words, both multiples of 16, as [columns, rows].
+void turn(uint32_t* target, int64_t target_row, const uint32_t* source, int64_t source_row, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; row += kLanes)
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            __m512i words[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(source + (row + i) * source_row + column);
+            transpose(words);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(target + (column + i) * target_row + row, words[i]);
+        }
+}
+
+// Rows as pairs of rows, turned with AMX.
+void pair_rows(const Block& block, uint32_t* target, const bf16* rows) {
+    const int64_t size = block.call.size;
+    pack_pairs(kHasAmx ? block.buffers.pairs : target, rows, width_of(size), block.rows, size);
+    if constexpr (kHasAmx) turn(target, kRowBlock / 2, block.buffers.pairs, size, round_up(block.rows, kStep) / 2, size);
+}
+
 void load_rows(const Block& block) {
     const Call& call = block.call;
     const Buffers& buffers = block.buffers;
     for (int64_t r = 0; r < block.rows; ++r) {
         const Row& place = buffers.places[r];
-        const int64_t bytes = call.size * sizeof(bf16);
-        std::memcpy(buffers.queries + r * call.size, at(call.query, call.query_strides, place), bytes);
-        std::memcpy(
-            buffers.gradients + r * call.size, at(call.output_gradient, call.output_gradient_strides, place), bytes);
+        const int64_t width = width_of(call.size);
+        copy_row(buffers.queries + r * width, at(call.query, call.query_strides, place), call.size);
+        copy_row(buffers.gradients + r * width, at(call.output_gradient, call.output_gradient_strides, place), call.size);
         const int64_t index = block.all.lse_index(place);
         // A row that sees nothing has no shares: exp2(-inf - 0) = 0.
         buffers.shifts[r] = call.lse[index] == -kInfinity ? 0.0f : call.lse[index] * kLog2E;
         buffers.deltas[r] = call.delta[index];
     }
-    pack_pairs(buffers.query_pairs, buffers.queries, call.size, block.rows, call.size);
-    pack_pairs(buffers.gradient_pairs, buffers.gradients, call.size, block.rows, call.size);
+    pair_rows(block, buffers.query_pairs, buffers.queries);
+    pair_rows(block, buffers.gradient_pairs, buffers.gradients);
 }
 
 // 16 bf16 of a first row (low half) and of a second, interleaved to pairs.
@@ -93,6 +121,14 @@ ALWAYS_INLINE __m512i interleave(__m512i rows) {
     const __m512i order = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, rows);
+}
+
+// No P and no dS for the rows [row, row + 1] at the keys of the block from `start` on.
+void clear_pair(const Block& block, int64_t row, int64_t start) {
+    for (int64_t key = start; key < block.keys; key += kLanes) {
+        _mm512_storeu_si512(in_strips(block.buffers.share_strips, row, key), _mm512_setzero_si512());
+        _mm512_storeu_si512(in_strips(block.buffers.score_strips, row, key), _mm512_setzero_si512());
+    }
 }
 
 // P and dS of the rows [row, row + 1], whose scores and dP are the rows [r, r + 1] of the tile. Without a second row its place is
@@ -123,47 +159,68 @@ void differentiate_pair(const Block& block, int64_t row, int64_t r, int64_t keys
             reinterpret_cast<__m256i*>(target + other * kKeyBlock + key),
             has_second ? _mm512_extracti64x4_epi64(changes, 1) : _mm512_castsi512_si256(changes));
     }
-    for (int64_t key = keys; key < block.keys; key += kLanes) {
-        _mm512_storeu_si512(in_strips(buffers.share_strips, row, key), _mm512_setzero_si512());
-        _mm512_storeu_si512(in_strips(buffers.score_strips, row, key), _mm512_setzero_si512());
-    }
+    clear_pair(block, row, keys);
 }
 
-// P, dS and with them dQ of the six rows from `first` on; `query_sums` [rows, D] are those of the block.
-void differentiate_tile(const Block& block, int64_t first, float* query_sums) {
-    const Call& call = block.call;
+// dQ of the rows of a tile: `sums` [rows, D] += dS K.
+void add_queries(const Block& block, int64_t first, int64_t rows, int64_t keys, float* sums) {
     const Buffers& buffers = block.buffers;
-    const int64_t rows = std::min(kTileRows, block.rows - first), size = call.size;
-    const Row* places = buffers.places + first;
-    const int64_t keys = block.visible(first), padded = round_up(keys, kLanes);
-    if (keys > 0) {
-        multiply_columns(buffers.queries + first * size, rows, buffers.key_columns, keys, size, buffers.scores, kKeyBlock);
-        multiply_columns(
-            buffers.gradients + first * size, rows, buffers.value_columns, keys, size, buffers.share_gradients, kKeyBlock);
-        for (int64_t r = 0; r < rows; ++r)
-            hide(call, places[r], block.all.visible(places[r]), buffers.scores + r * kKeyBlock, block.key_start, padded);
-    }
-    for (int64_t r = 0; r < rows; r += 2) differentiate_pair(block, first + r, r, padded, r + 1 < rows);
-    if (keys == 0) return;
+    const int64_t size = block.call.size;
     const uint32_t* changes = reinterpret_cast<const uint32_t*>(buffers.score_rows + first * kKeyBlock);
+    if constexpr (kHasAmx) {
+        const bool is_whole = rows % kLanes == 0;  // The unit works on 16 rows, and more than these are not ours to write.
+        float* target = is_whole ? sums : buffers.query_sums;
+        if (!is_whole) std::memcpy(target, sums, rows * size * sizeof(float));
+        const int64_t steps = round_up(keys, kStep) / 2;
+        multiply_block(changes, kKeyBlock / 2, buffers.key_pairs, size, steps, rows, size, target, size, true);
+        if (!is_whole) std::memcpy(sums, target, rows * size * sizeof(float));
+        return;
+    }
     for (int64_t d = 0; d < size; d += kPanel) {
         with_shape(rows, std::min(kTileVectors, (size - d) / kLanes), [&]<int R, int V>() {
             __m512 tile[R][V];
-            load(tile, query_sums + first * size + d, size);
+            load(tile, sums + d, size);
             multiply(tile, changes, kKeyBlock / 2, 1, buffers.key_pairs + d, size, (keys + 1) / 2);
-            store(tile, query_sums + first * size + d, size);
+            store(tile, sums + d, size);
         });
     }
 }
 
-// sums [keys, D] += strips^T · pairs, over the rows of the block from the first that sees a key.
+// P, dS and with them dQ of the tile's rows, from `first` on; `query_sums` [rows, D] are those of the block.
+void differentiate_tile(const Block& block, int64_t first, float* query_sums) {
+    const Call& call = block.call;
+    const Buffers& buffers = block.buffers;
+    const int64_t rows = std::min(kTileRows, block.rows - first), size = call.size, width = width_of(size);
+    const Row* places = buffers.places + first;
+    const int64_t keys = block.visible(first), padded = round_up(keys, kStep);
+    if (keys > 0) {
+        multiply_columns(buffers.queries + first * width, rows, buffers.key_columns, keys, size, buffers.scores, kKeyBlock);
+        multiply_columns(
+            buffers.gradients + first * width, rows, buffers.value_columns, keys, size, buffers.share_gradients, kKeyBlock);
+        for (int64_t r = 0; r < rows; ++r)
+            hide(call, places[r], block.all.visible(places[r]), buffers.scores + r * kKeyBlock, block.key_start, padded);
+    }
+    for (int64_t r = 0; r < rows; r += 2) differentiate_pair(block, first + r, r, padded, r + 1 < rows);
+    if constexpr (kHasAmx)
+        for (int64_t r = round_up(rows, 2); r < kTileRows; r += 2) clear_pair(block, first + r, 0);
+    if (keys > 0) add_queries(block, first, rows, keys, query_sums + first * size);
+}
+
+// sums [keys, D] += strips^T · pairs, or with AMX the transpose of that, over the rows of the block from the first that sees a key.
 void add_transposed(const Block& block, float* sums, uint32_t* strips, const uint32_t* pairs) {
     const int64_t size = block.call.size;
     int64_t first = 0;
-    for (int64_t key = 0; key < block.keys; key += kTileRows) {
+    for (int64_t key = 0; key < block.keys; key += kHasAmx ? kStrip : kVectorRows) {
         while (first < block.rows && block.visible(first) <= key) first += kTileRows;
         if (first >= block.rows) return;
-        const int64_t keys = std::min(kTileRows, block.keys - key), steps = (block.rows - first + 1) / 2;
+        if constexpr (kHasAmx) {
+            const int64_t columns = std::min(kStrip, round_up(block.keys - key, kLanes));
+            const int64_t steps = round_up(block.rows - first, kStep) / 2;
+            const uint32_t* strip = in_strips(strips, first, key);
+            multiply_block(pairs + first / 2, kRowBlock / 2, strip, kStrip, steps, size, columns, sums + key, kKeyBlock, true);
+            continue;
+        }
+        const int64_t keys = std::min(kVectorRows, block.keys - key), steps = (block.rows - first + 1) / 2;
         for (int64_t d = 0; d < size; d += kPanel) {
             with_shape(keys, std::min(kTileVectors, (size - d) / kLanes), [&]<int R, int V>() {
                 __m512 tile[R][V];
@@ -187,6 +244,11 @@ void write_rounded(bf16* target, const float* sums, int64_t size, float factor) 
     }
 }
 
+// Sums [D, key block] as [key block, D].
+void turn_sums(float* target, const float* sums, int64_t size) {
+    turn(reinterpret_cast<uint32_t*>(target), size, reinterpret_cast<const uint32_t*>(sums), kKeyBlock, size, kKeyBlock);
+}
+
 // One block of keys: its dK and dV are written, its part of dQ is added to `query_sums` [rows of the head, D].
 void differentiate_keys(const Call& call, const Rows& all, const Buffers& buffers, int64_t key_start, float* query_sums) {
     Block block{call, all, buffers, key_start, std::min(kKeyBlock, call.total - key_start), 0, 0};
@@ -196,8 +258,8 @@ void differentiate_keys(const Call& call, const Rows& all, const Buffers& buffer
     pack_columns(buffers.key_columns, key, call.key_strides[2], block.keys, call.size);
     pack_columns(buffers.value_columns, value, call.value_strides[2], block.keys, call.size);
     pack_pairs(buffers.key_pairs, key, call.key_strides[2], block.keys, call.size);
-    std::memset(buffers.key_sums, 0, block.keys * call.size * sizeof(float));
-    std::memset(buffers.value_sums, 0, block.keys * call.size * sizeof(float));
+    std::memset(buffers.key_sums, 0, kKeyBlock * call.size * sizeof(float));
+    std::memset(buffers.value_sums, 0, kKeyBlock * call.size * sizeof(float));
     for (block.row_start = 0; block.row_start < all.count; block.row_start += kRowBlock) {
         block.rows = std::min(kRowBlock, all.count - block.row_start);
         all.list(block.row_start, block.row_start + block.rows, buffers.places);
@@ -208,12 +270,20 @@ void differentiate_keys(const Call& call, const Rows& all, const Buffers& buffer
         add_transposed(block, buffers.value_sums, buffers.share_strips, buffers.gradient_pairs);
         add_transposed(block, buffers.key_sums, buffers.score_strips, buffers.query_pairs);
     }
+    float* key_sums = buffers.key_sums;
+    float* value_sums = buffers.value_sums;
+    if constexpr (kHasAmx) {
+        key_sums = buffers.turned_sums;
+        value_sums = key_sums + kKeyBlock * call.size;
+        turn_sums(key_sums, buffers.key_sums, call.size);
+        turn_sums(value_sums, buffers.value_sums, call.size);
+    }
     for (int64_t k = 0; k < block.keys; ++k) {
         const Row place{all.key_branch, all.shared_head, key_start + k};
         bf16* key_target = at(call.key_gradient, call.key_gradient_strides, place);
         bf16* value_target = at(call.value_gradient, call.value_gradient_strides, place);
-        write_rounded(key_target, buffers.key_sums + k * call.size, call.size, static_cast<float>(call.scaling));
-        write_rounded(value_target, buffers.value_sums + k * call.size, call.size, 1.0f);
+        write_rounded(key_target, key_sums + k * call.size, call.size, static_cast<float>(call.scaling));
+        write_rounded(value_target, value_sums + k * call.size, call.size, 1.0f);
     }
 }
 
@@ -255,6 +325,7 @@ extern "C" int64_t attention_backward(const Call* given) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) reduction(+ : failures)
     for (int64_t item = 0; item < pairs * call.splits; ++item) {
         static thread_local Scratch scratch;
+        const TileRegisters registers;
         try {
             const Buffers buffers = carve<Buffers>(scratch, call, 0);
             const int64_t split = item / pairs;

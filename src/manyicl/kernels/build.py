@@ -41,15 +41,19 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def load_library(name: str, sources: Sequence[str], headers: Sequence[str]) -> ctypes.CDLL:
+def load_library(name: str, sources: Sequence[str], headers: Sequence[str], extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
     """The library of these files, compiled now if there is no ready one; several processes may ask at once.
+
+    Args:
+        extra_flags: For the compiler, beside `FLAGS`.
 
     Raises:
         BuildError: there is no compiler, it fails, or the cache folder cannot be used.
     """
     folder = cache_folder() / "kernels"
+    flags = (*FLAGS, *extra_flags)
     files = [FOLDER / file for file in (*sources, *headers)]
-    content = _hash(*(file.read_bytes() for file in files), *FLAGS, *sorted(cpu_flags()), torch.__version__)
+    content = _hash(*(file.read_bytes() for file in files), *flags, *sorted(cpu_flags()), torch.__version__)
     compiler = _find_compiler()
     try:
         if compiler is None:
@@ -62,13 +66,13 @@ def load_library(name: str, sources: Sequence[str], headers: Sequence[str]) -> c
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{target}.lock", timeout=TIMEOUT_SECONDS):
                 if not target.is_file():
-                    _compile(compiler, [FOLDER / source for source in sources], target)
+                    _compile([compiler, *flags, *(str(FOLDER / source) for source in sources)], target)
         return ctypes.CDLL(str(target))
     except (OSError, filelock.Timeout) as error:
         raise BuildError(f"the folder {folder} cannot be used ({error}). Name another in MANYICL_CACHE") from error
 
 
-def _compile(compiler: str, sources: Sequence[Path], target: Path) -> None:
+def _compile(command: Sequence[str], target: Path) -> None:
     """Compile to a temporary file and rename it, so that a library is never seen by halves. The lock is held."""
     for left_behind in target.parent.glob(f".{target.stem}-*.so"):  # By a process that was killed.
         left_behind.unlink()
@@ -76,14 +80,13 @@ def _compile(compiler: str, sources: Sequence[Path], target: Path) -> None:
     os.close(descriptor)
     start = time.perf_counter()
     try:
-        command = [compiler, *FLAGS, *map(str, sources), "-o", name]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)
+        result = subprocess.run([*command, "-o", name], capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)
         if result.returncode != 0:
-            raise BuildError(f"{compiler} failed with code {result.returncode}: {result.stderr.strip()[-500:]}")
+            raise BuildError(f"{command[0]} failed with code {result.returncode}: {result.stderr.strip()[-500:]}")
         Path(name).chmod(0o755)
         Path(name).rename(target)
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} took more than {TIMEOUT_SECONDS} seconds") from error
+        raise BuildError(f"{command[0]} took more than {TIMEOUT_SECONDS} seconds") from error
     finally:
         Path(name).unlink(missing_ok=True)
     logger.info("Compiled the attention kernel in %.1f seconds; it is kept as %s.", time.perf_counter() - start, target)

@@ -1,4 +1,4 @@
-"""Attention for bf16 on processors with AVX-512 BF16: several times the speed of torch's CPU kernel.
+"""Attention for bf16 on processors with AVX-512 BF16, and with AMX: several times the speed of torch's CPU kernel.
 
     query   [B, H, L, D]           any strides, last dimension contiguous
     key     [B or 1, K, T, D]      H is a multiple of K: head h reads key-value head h // (H / K)
@@ -15,7 +15,8 @@ Nothing is copied or repeated per head or branch. Results are the same from run 
 torch's kernel.
 
 The kernel is compiled on first use, in about five seconds, and kept (see build.py). Where that is not possible, or the
-environment variable MANYICL_CPU_KERNEL is "off", `can_attend` says no, after one message.
+environment variable MANYICL_CPU_KERNEL is "off", `can_attend` says no, after one message. AMX multiplies blocks of rows where
+other processors multiply vectors, and sums in another order: the last digits differ. MANYICL_CPU_KERNEL "avx512" leaves it idle.
 """
 
 import ctypes
@@ -34,6 +35,9 @@ from manyicl.kernels.build import BuildError, cpu_flags, load_library
 MOST_HEAD_SIZE = 256
 MOST_SPLITS = 16
 FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
+
+AMX_FEATURES = frozenset({"amx_tile", "amx_bf16"})
+AMX_FLAGS = ("-DMANYICL_AMX", "-mamx-tile", "-mamx-bf16")
 
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -198,10 +202,16 @@ def _library() -> ctypes.CDLL | None:
         return _load_once()
 
 
+def _has_amx() -> bool:
+    """Whether this process may use the processor's matrix unit, for which the kernel of Linux is asked."""
+    return cpu_flags() >= AMX_FEATURES and torch.cpu._init_amx()
+
+
 @functools.cache
 def _load_once() -> ctypes.CDLL | None:
     """Load or compile the kernel; what hinders it is told here, once."""
-    if os.environ.get("MANYICL_CPU_KERNEL", "").lower() == "off":
+    wanted = os.environ.get("MANYICL_CPU_KERNEL", "").lower()
+    if wanted == "off":
         logger.info("MANYICL_CPU_KERNEL is off: attention uses torch's kernel.")
         return None
     missing = FEATURES - cpu_flags()
@@ -209,7 +219,8 @@ def _load_once() -> ctypes.CDLL | None:
         logger.info("The processor lacks %s: attention uses torch's kernel.", ", ".join(sorted(missing)))
         return None
     try:
-        library = load_library("attention", ("forward.cpp", "backward.cpp"), ("attention.h", "tiles.h"))
+        flags = AMX_FLAGS if wanted != "avx512" and _has_amx() else ()
+        library = load_library("attention", ("forward.cpp", "backward.cpp"), ("attention.h", "tiles.h", "amx.h"), flags)
     except BuildError as error:
         logger.warning("The fast attention kernel is not available, and attention uses torch's kernel: %s.", error)
         return None

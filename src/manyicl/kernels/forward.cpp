@@ -15,28 +15,29 @@ constexpr int64_t kMostRows = 768;
 struct Buffers {
     uint32_t* keys;     // columns of keys, one block
     uint32_t* values;   // pairs of values, one block
-    bf16* queries;      // [rows, D]
+    bf16* queries;      // [rows, width]
     float* sums;        // [rows, D], outputs before their division
     float* most;        // [rows], largest score seen
     float* weights;     // [rows], sum of exponentials
-    float* scores;      // [6, key block]
-    bf16* shares;       // [6, key block]
+    float* scores;      // [tile rows, key block]
+    bf16* shares;       // [tile rows, key block]
     Row* places;        // [rows]
 
     Buffers(Carver& carver, const Call& call, int64_t rows)
-        : keys(carver.take<uint32_t>(kKeyBlock * call.size / 2)), values(carver.take<uint32_t>(kKeyBlock / 2 * call.size)),
-          queries(carver.take<bf16>(rows * call.size)), sums(carver.take<float>(rows * call.size)),
+        : keys(carver.take<uint32_t>(kKeyBlock * width_of(call.size) / 2)), values(carver.take<uint32_t>(kKeyBlock / 2 * call.size)),
+          queries(carver.take<bf16>(rows * width_of(call.size))), sums(carver.take<float>(rows * call.size)),
           most(carver.take<float>(rows)), weights(carver.take<float>(rows)), scores(carver.take<float>(kTileRows * kKeyBlock)),
           shares(carver.take<bf16>(kTileRows * kKeyBlock)), places(carver.take<Row>(rows)) {}
 };
 
-// Turns the scores of `rows` <= 6 rows into shares in bf16 and updates the rows' maxima and sums; `factors` are for what was
-// summed before.
-void compute_shares(const Buffers& buffers, int64_t first, int64_t rows, int64_t keys, float scale, float* factors) {
+// Turns the scores of `rows` <= 16 rows, of the tile those from `tile_row` on, into shares in bf16 and updates the rows' maxima and
+// sums; `factors` are for what was summed before.
+void compute_shares(
+    const Buffers& buffers, int64_t first, int64_t tile_row, int64_t rows, int64_t keys, float scale, float* factors) {
     const __mmask16 lanes = lanes_below(rows, 0);
     float largest[kLanes];
     for (int64_t r = 0; r < rows; ++r) {
-        const float* scores = buffers.scores + r * kKeyBlock;
+        const float* scores = buffers.scores + (tile_row + r) * kKeyBlock;
         __m512 vector = _mm512_set1_ps(buffers.most[first + r]);
         for (int64_t key = 0; key < keys; key += kLanes) vector = _mm512_max_ps(vector, _mm512_loadu_ps(scores + key));
         largest[r] = _mm512_reduce_max_ps(vector);
@@ -50,8 +51,8 @@ void compute_shares(const Buffers& buffers, int64_t first, int64_t rows, int64_t
     _mm512_storeu_ps(shifts, shift);
     _mm512_storeu_ps(factors, exp2_vector(_mm512_fmsub_ps(before, scales, shift)));
     for (int64_t r = 0; r < rows; ++r) {
-        const float* scores = buffers.scores + r * kKeyBlock;
-        bf16* shares = buffers.shares + r * kKeyBlock;
+        const float* scores = buffers.scores + (tile_row + r) * kKeyBlock;
+        bf16* shares = buffers.shares + (tile_row + r) * kKeyBlock;
         __m512 total = _mm512_setzero_ps();
         for (int64_t key = 0; key < keys; key += kLanes) {
             const __m512 share = exp2_vector(_mm512_fmsub_ps(_mm512_loadu_ps(scores + key), scales, _mm512_set1_ps(shifts[r])));
@@ -63,10 +64,21 @@ void compute_shares(const Buffers& buffers, int64_t first, int64_t rows, int64_t
     }
 }
 
-// Adds shares · values to the sums of `rows` <= 6 rows, whose earlier sums are scaled by `factors`.
+// Adds shares · values to the sums of `rows` <= kTileRows rows, whose earlier sums are scaled by `factors`.
 void add_values(
     const Buffers& buffers, int64_t first, int64_t rows, int64_t keys, int64_t size, const float* factors, bool is_first) {
     const uint32_t* shares = reinterpret_cast<const uint32_t*>(buffers.shares);
+    if constexpr (kHasAmx) {
+        float* sums = buffers.sums + first * size;
+        for (int64_t r = 0; r < rows && !is_first; ++r)
+            for (int64_t d = 0; d < size; d += kLanes) {
+                float* place = sums + r * size + d;
+                _mm512_storeu_ps(place, _mm512_mul_ps(_mm512_loadu_ps(place), _mm512_set1_ps(factors[r])));
+            }
+        const int64_t steps = round_up(keys, kStep) / 2;
+        multiply_block(shares, kKeyBlock / 2, buffers.values, size, steps, rows, size, sums, size, !is_first);
+        return;
+    }
     for (int64_t d = 0; d < size; d += kPanel) {
         const int64_t vectors = std::min(kTileVectors, (size - d) / kLanes);
         with_shape(rows, vectors, [&]<int R, int V>() {
@@ -87,18 +99,19 @@ void add_values(
     }
 }
 
-// Six rows meet one block of keys.
+// The rows of a tile meet one block of keys.
 void attend_tile(const Call& call, const Rows& all, const Buffers& buffers, int64_t first, int64_t rows, int64_t key_start) {
     const Row* places = buffers.places + first;
     const int64_t keys = std::min(kKeyBlock, all.most_visible(places[0], places[rows - 1]) - key_start);
     if (keys <= 0) return;
     const float scale = static_cast<float>(call.scaling) * kLog2E;
-    const int64_t padded = round_up(keys, kLanes);
-    multiply_columns(buffers.queries + first * call.size, rows, buffers.keys, keys, call.size, buffers.scores, kKeyBlock);
+    const int64_t padded = round_up(keys, kStep);
+    multiply_columns(buffers.queries + first * width_of(call.size), rows, buffers.keys, keys, call.size, buffers.scores, kKeyBlock);
     for (int64_t r = 0; r < rows; ++r)
         hide(call, places[r], all.visible(places[r]), buffers.scores + r * kKeyBlock, key_start, padded);
-    float factors[kLanes];
-    compute_shares(buffers, first, rows, padded, scale, factors);
+    float factors[round_up(kTileRows, kLanes)];
+    for (int64_t r = 0; r < rows; r += kLanes)
+        compute_shares(buffers, first + r, r, std::min(kLanes, rows - r), padded, scale, factors + r);
     add_values(buffers, first, rows, keys, call.size, factors, key_start == 0);
 }
 
@@ -123,7 +136,7 @@ void attend_rows(const Call& call, const Rows& all, const Buffers& buffers, int6
     all.list(start, stop, buffers.places);
     for (int64_t r = 0; r < count; ++r) {
         const bf16* query = at(call.query, call.query_strides, buffers.places[r]);
-        std::memcpy(buffers.queries + r * call.size, query, call.size * sizeof(bf16));
+        copy_row(buffers.queries + r * width_of(call.size), query, call.size);
         buffers.most[r] = -kInfinity;
         buffers.weights[r] = 0.0f;
     }
@@ -157,6 +170,7 @@ extern "C" int64_t attention_forward(const Call* given) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) reduction(+ : failures)
     for (int64_t item = 0; item < blocks * pairs; ++item) {
         static thread_local Scratch scratch;
+        const TileRegisters registers;
         try {
             const Buffers buffers = carve<Buffers>(scratch, call, rows);
             const int64_t block = blocks - 1 - item / pairs;  // Under a causal mask the last blocks are the longest: first.

@@ -1,6 +1,6 @@
-// The pieces from which attention is built, for AVX-512 with bf16 dot products.
+// The pieces from which attention is built, for AVX-512 with bf16 dot products, and with AMX where there is that (amx.h).
 //
-// A product C[R, 16 V] += A[R, 2 S] · B[2 S, 16 V] goes through one register tile: `_mm512_dpbf16_ps` multiplies pairs of bf16
+// Without AMX a product C[R, 16 V] += A[R, 2 S] · B[2 S, 16 V] goes through one register tile: `_mm512_dpbf16_ps` multiplies pairs of bf16
 // and adds both products to an fp32 lane, so the reduced dimension comes in pairs. A pair of A is one 32-bit word, broadcast;
 // B is packed so that a vector holds the pairs of 16 neighbouring columns:
 //
@@ -18,11 +18,14 @@
 #include <limits>
 #include <new>
 
+#include "amx.h"
 #include "attention.h"
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kTileRows = 6;
+constexpr int64_t kVectorRows = 6;
 constexpr int64_t kTileVectors = 4;
+constexpr int64_t kTileRows = kHasAmx ? 32 : kVectorRows;  // query rows that are worked on together
+constexpr int64_t kStep = kHasAmx ? 32 : kLanes;           // multiple to which lengths are filled up
 constexpr int64_t kPanel = kLanes * kTileVectors;  // columns of B that one tile covers
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
@@ -30,7 +33,15 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-inline int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+// Elements that a row of D takes in buffers, those past D being zero.
+constexpr int64_t width_of(int64_t size) { return kHasAmx ? round_up(size, kStep) : size; }
+
+inline void copy_row(bf16* target, const bf16* row, int64_t size) {
+    std::memcpy(target, row, size * sizeof(bf16));
+    std::memset(target + size, 0, (width_of(size) - size) * sizeof(bf16));
+}
 
 // Memory of one thread, kept from call to call and only ever grown.
 class Scratch {
@@ -194,14 +205,14 @@ ALWAYS_INLINE void transpose(__m512i (&rows)[16]) {
     }
 }
 
-// Rows [count, D] as columns, for products over D: [panel of 64 rows][D / 2][64][2]. Vectors past `count` are left as they
-// are, rows past `count` inside a vector are zero. D is a multiple of 16.
+// Rows [count, D] as columns, for products over D: [panel of 64 rows][width / 2][64][2]. Rows past `count`, up to a multiple of
+// kStep, are zero. D is a multiple of 16.
 inline void pack_columns(uint32_t* packed, const bf16* rows, int64_t stride, int64_t count, int64_t size) {
-    const int64_t pairs = size / 2;
-    for (int64_t start = 0; start < count; start += kLanes) {
+    const int64_t pairs = width_of(size) / 2;
+    for (int64_t start = 0; start < round_up(count, kStep); start += kLanes) {
         uint32_t* panel = packed + start / kPanel * pairs * kPanel + start % kPanel;
         for (int64_t pair = 0; pair < pairs; pair += kLanes) {
-            const __mmask16 inside = lanes_below(pairs, pair);
+            const __mmask16 inside = lanes_below(size / 2, pair);
             __m512i words[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) {
@@ -215,7 +226,8 @@ inline void pack_columns(uint32_t* packed, const bf16* rows, int64_t stride, int
     }
 }
 
-// Rows [count, D] for products over the rows: [count / 2][D][2]; an odd last row is paired with zeros.
+// Rows [count, D] for products over the rows: [count / 2][D][2]; an odd last row is paired with zeros, and with AMX there are pairs
+// of zeros up to a multiple of kStep rows.
 inline void pack_pairs(uint32_t* packed, const bf16* rows, int64_t stride, int64_t count, int64_t size) {
     for (int64_t row = 0; row < count; row += 2) {
         const bf16* first = rows + row * stride;
@@ -230,11 +242,25 @@ inline void pack_pairs(uint32_t* packed, const bf16* rows, int64_t stride, int64
             _mm512_storeu_si512(target + d, low);
         }
     }
+    if constexpr (kHasAmx) {
+        const int64_t pairs = (count + 1) / 2;
+        std::memset(packed + pairs * size, 0, (round_up(count, kStep) / 2 - pairs) * size * sizeof(uint32_t));
+    }
 }
 
-// out[rows, columns] = A · B with A [rows <= 6, D] row by row and B from `pack_columns`.
+// out[rows, columns] = A · B with A [rows <= kTileRows, width] row by row and B from `pack_columns`; as many columns as a multiple of
+// kStep has.
 inline void multiply_columns(
     const bf16* a, int64_t rows, const uint32_t* packed, int64_t columns, int64_t size, float* out, int64_t out_stride) {
+    if constexpr (kHasAmx) {
+        const int64_t pairs = width_of(size) / 2;
+        for (int64_t column = 0; column < columns; column += kPanel) {
+            const int64_t held = std::min(kPanel, round_up(columns - column, kStep));
+            const uint32_t* left = reinterpret_cast<const uint32_t*>(a);
+            multiply_block(left, pairs, packed + column * pairs, kPanel, pairs, rows, held, out + column, out_stride, false);
+        }
+        return;
+    }
     for (int64_t column = 0; column < columns; column += kPanel) {
         const int64_t vectors = std::min(kTileVectors, (columns - column + kLanes - 1) / kLanes);
         with_shape(rows, vectors, [&]<int R, int V>() {

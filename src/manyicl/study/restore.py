@@ -34,8 +34,8 @@ def restore_folder(folder: StudyFolder, source: Path) -> int:
         raise RecipeError(f"{folder.output}: cells were begun here already. Restore into another output, or leave --restore out.")
     results = read_results(source)
     _check(folder, results, source)
-    facts = {cell.cell: cell for cell in results.cells if cell.status == "done"}
     parts = _share_out(results, source)
+    facts = {cell.cell: cell for cell in results.cells if cell.status == "done" and not folder.is_short(parts[cell.cell])}
     needed = {name for cell in folder.cells if cell.name not in facts for name in cell.needs}
     unfinished = folder.output / "cells.restoring"
     with storage_errors(unfinished):

@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,7 @@ class StudyFolder:
         self.recipe = recipe.resolved()
         self.cells = list_cells(recipe, suite)
         self.examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
+        self._num_queries = {name: min(recipe.num_queries, len(task.test)) for name, task in suite.tasks.items()}
         self._claim()
 
     def _claim(self) -> None:
@@ -115,7 +117,27 @@ class StudyFolder:
         if changed:
             raise RecipeError(f"{self.output}: the examples of {changed} have changed. Choose another output.")
         if path.read_text(encoding="utf-8") != recipe:
+            self._clear_short()
             write_text_atomic(path, recipe)
+
+    def _clear_short(self) -> None:
+        """Empty the cells that were evaluated with fewer queries than the recipe has now; after a kill the next start goes on."""
+        for cell in self.cells:
+            if not self.is_short(self.records(cell.name)):
+                continue
+            with self.lock(cell.name) as is_ours, storage_errors(self.folder(cell.name)):
+                if not is_ours:
+                    raise RecipeError(f"{self.output}: a process is at {cell.name} with fewer queries. Stop it first.")
+                if not self.is_short(self.records(cell.name)):
+                    continue  # Another process has cleared it meanwhile.
+                shutil.rmtree(self.folder(cell.name) / "run", ignore_errors=True)
+                for name in ("result.json", "records.jsonl"):  # The records last: they say that the cell is not clear yet.
+                    (self.folder(cell.name) / name).unlink(missing_ok=True)
+
+    def is_short(self, records: Sequence[EvaluationRecord]) -> bool:
+        """Whether records of tasks that choose nothing have fewer queries than the recipe asks for."""
+        read = [record for record in records if record.role not in ("validation", "builtin")]
+        return any(record.num_queries < self._num_queries[record.task] for record in read)
 
     def folder(self, cell: str) -> Path:
         """The folder of a cell."""
@@ -346,16 +368,29 @@ def _worker_file(folder: StudyFolder, process: int) -> Path:
 
 
 def compare_recipes(recipe: StudyRecipe, content: Any) -> str:
-    """The keys in which a recipe differs from one on file so that cells of the two are not alike; empty for none.
+    """The keys in which a recipe differs from one on file so that its cells are not kept; empty for none.
 
     Raises:
         ValidationError: what is on file is no study recipe.
     """
     known = StudyRecipe.model_validate(content).resolved()  # With the defaults of keys that came to recipes since.
-    # A second reading may be added, not taken away.
-    unchecked = {"output", "notes"} | ({"calibrated"} if recipe.calibrated else set())
+    unchecked = {"output", "notes"} | _grown_keys(recipe, known)
     wanted, found = (each.model_dump(mode="json", exclude=unchecked) for each in (recipe, known))
     return compare_mappings(wanted, found)
+
+
+def _grown_keys(recipe: StudyRecipe, known: StudyRecipe) -> set[str]:
+    """Keys by which a recipe asks for what the one on file does, or for more of it."""
+    seeds, known_seeds = recipe.training_seeds, known.training_seeds
+    has_grown = {
+        "calibrated": recipe.calibrated >= known.calibrated,
+        "num_queries": recipe.num_queries >= known.num_queries,
+        "training_seeds": known_seeds is None
+        or seeds is not None
+        and set(seeds.values) >= set(known_seeds.values)
+        and set(seeds.methods) >= set(known_seeds.methods),
+    }
+    return {key for key, grown in has_grown.items() if grown}
 
 
 def compare_mappings(wanted: dict[str, Any], known: dict[str, Any]) -> str:

@@ -29,10 +29,17 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def _kernel() -> None:
+@pytest.fixture(params=["amx", "avx512"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel as it is compiled for processors with and without AMX."""
+    if request.param == "amx" and not cpu_attention._has_amx():
+        pytest.skip("the processor has no AMX")
+    monkeypatch.setenv("MANYICL_CPU_KERNEL", request.param)
+    cpu_attention._load_once.cache_clear()
     if not cpu_attention.is_available():
         pytest.skip("the kernel needs a processor with AVX512-BF16 and a C++ compiler")
+    yield
+    cpu_attention._load_once.cache_clear()
 
 
 @pytest.fixture
@@ -265,8 +272,11 @@ class TestBackward:
             states.requires_grad_()
         ours = gradients_of(cpu_attention.attention_forward(*inputs, is_causal=True, scaling=0.125)[0], inputs)
         torchs = gradients_of(torch_attention(*inputs, seen, 0.125), inputs)
-        for our, theirs, exact in zip(ours, torchs, exact_gradients(inputs, seen, 0.125), strict=True):
-            assert_as_exact_as_torch(our, theirs, exact)
+        exact = exact_gradients(inputs, seen, 0.125)
+        for our, right in zip(ours[:2], exact[:2], strict=True):  # One key takes it all, and the gradients of scores vanish:
+            assert right.abs().max() < 1e-20
+            assert our.abs().max() < 1e-4  # what is left of terms of about 60 is their rounding in fp32.
+        assert_as_exact_as_torch(ours[2], torchs[2], exact[2])
 
     @pytest.mark.parametrize("threads", [1, 2, 3])
     def test_repeats_bit_for_bit(self, threads: int) -> None:

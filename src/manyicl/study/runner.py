@@ -386,9 +386,9 @@ def _grown_keys(recipe: StudyRecipe, known: StudyRecipe) -> set[str]:
         "calibrated": recipe.calibrated >= known.calibrated,
         "num_queries": recipe.num_queries >= known.num_queries,
         "training_seeds": known_seeds is None
-        or seeds is not None
-        and set(seeds.values) >= set(known_seeds.values)
-        and set(seeds.methods) >= set(known_seeds.methods),
+        or (
+            seeds is not None and set(seeds.values) >= set(known_seeds.values) and set(seeds.methods) >= set(known_seeds.methods)
+        ),
     }
     return {key for key, grown in has_grown.items() if grown}
 

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from manyicl.files import write_text_atomic
+from manyicl.records import EvaluationRecord
+from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import FEW_SHOT, make_claims
+from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import StudyResults, read_results, write_results
+from manyicl.results.forgetting_card import CHAT
 
-TITLES = {"study": "The study: every method with the same budget"}
+TITLES = {
+    "study": "The study: every method with the same budget",
+    "study-first": "The study's first reading: 60 queries a task",
+}
 CLAIMS = {
     "beats_few_shot": "beats few-shot fine-tuning",
     "beats_zero_shot": "beats zero-shot fine-tuning",
@@ -129,6 +136,74 @@ def slope_lines(claim: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def overtaking_lines(found: list[dict[str, Any]]) -> list[str]:
+    """Ours and dedicated tuning by the number of examples that both are given."""
+    lines = ["| task | examples | ours | dedicated |", "|---|---:|---:|---:|"]
+    rows = [
+        f"| {point['task']} | {point['examples']} | {points(point['ours'])} | {points(point['dedicated'])} |"
+        for point in found
+        if point["ours"]
+    ]
+    return [*lines, *rows] if rows else ["Not evaluated yet."]
+
+
+def budget_lines(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Snapshots by what they had cost, so that equal answers and equal seconds can be read."""
+    lines = [
+        "| method | tokens | answers that are targets | seconds of training | at its best shots | at max |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for method, snapshots in curves.items():
+        lines += [
+            f"| {method} | {one['tokens']:,} | {one['target_answers']:,} | {one['seconds']:.0f} | "
+            f"{points(one['at_best_shots'])} | {points(one['at_max'])} |"
+            for one in snapshots
+            if one["at_max"]
+        ]
+    return lines
+
+
+def seed_lines(spread: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """The headline of each training seed."""
+    if not spread:
+        return ["Not evaluated yet."]
+    lines = ["| method | at 0 shots, by seed | at max, by seed |", "|---|---|---|"]
+    for method, by_shots in spread.items():
+        shown = [", ".join(f"{value:.1f}" for value in by_shots[count].values()) or "-" for count in ("0", "max")]
+        lines.append(f"| {method} | {shown[0]} | {shown[1]} |")
+    return lines
+
+
+def family_lines(claim: dict[str, Any] | None) -> list[str]:
+    """Ours less few-shot tuning where a whole family was left out of the training."""
+    if not claim:
+        return ["Not evaluated yet."]
+    tasks = ", ".join(f"{task} {points(found)}" for task, found in claim["by_task"].items())
+    return [
+        f"Trained without any {claim['family']} task, ours less {claim['against']} at max: {points(claim['at_max'])} "
+        f"({claim['verdict']}); {tasks}."
+    ]
+
+
+def robustness_lines(results: StudyResults) -> list[str]:
+    """Mean score over the tasks of the suite by what was done to the demonstrations, final weights."""
+    settings = results.recipe["robustness"]
+    names = {method["model"]: name for name, method in results.claims["methods"].items() if name in settings["methods"]}
+    found: dict[str, dict[str, dict[str, list[EvaluationRecord]]]] = {}
+    for record in results.records:
+        if record.model in names and record.condition and record.condition not in (CHAT, CALIBRATED):
+            by_task = found.setdefault(record.condition, {}).setdefault(names[record.model], {})
+            by_task.setdefault(record.task, []).append(record)
+    whole = [all(set(by_task) == {*settings["tasks"]} for by_task in by_method.values()) for by_method in found.values()]
+    if not found or not all(whole) or any(set(by_method) != set(names.values()) for by_method in found.values()):
+        return ["Not evaluated for all yet."]
+    lines = [f"| demonstrations | {' | '.join(names.values())} |", "|---|" + "---:|" * len(names)]
+    for condition, by_method in found.items():
+        values = [estimate({task: [Term(1.0, own)] for task, own in by_method[name].items()}) for name in names.values()]
+        lines.append(f"| {condition} | {' | '.join(points(value.as_json()) for value in values)} |")
+    return [f"Mean over {', '.join(settings['tasks'])}, {settings['num_shots']} demonstrations.", "", *lines]
+
+
 def progress_line(results: StudyResults) -> str:
     """How far the study is."""
     done = [cell for cell in results.cells if cell.status == "done"]
@@ -151,7 +226,12 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
         ("Methods by shots", method_lines(found["methods"], recipe["shots"]), True),
         ("The second reading: calibrated where validation tasks want it", second_reading_lines(found), recipe.get("calibrated")),
         ("Against dedicated tuning", dedicated_lines(claims.get("approaches_dedicated")), "dedicated" in methods),
+        ("Where dedicated tuning overtakes", overtaking_lines(found["overtaking"]), recipe["dedicated"]["overtaking_tasks"]),
         ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
+        ("Equal answers, equal seconds", budget_lines(found["budget_curves"]), recipe["num_snapshots"] > 1),
+        ("Training seeds", seed_lines(found["training_seeds"]), recipe["training_seeds"]),
+        ("A family left out", family_lines(found["family"]), recipe["held_out_family"]),
+        ("Altered demonstrations", robustness_lines(results), recipe["robustness"]["tasks"]),
         ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),
         ("What a reader must know", [f"- {note}" for note in recipe["notes"]], True),
     ]

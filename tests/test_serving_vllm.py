@@ -1,6 +1,6 @@
 """`manyicl serve` in front of the real vLLM: one server, used as a child (--engine vllm) and by its address (--engine openai).
 
-Skipped without its environment (make vllm-env). What needs no real server is in test_vllm_backend.py and test_openai_backend*.py.
+Skipped without its environment (make vllm-env). What needs no real server is in test_vllm_backend.py and openai_backend/.
 """
 
 import json

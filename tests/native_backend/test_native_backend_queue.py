@@ -5,40 +5,14 @@ import contextlib
 import random
 import time
 from collections import Counter
-from functools import partial
 
 import pytest
 
-from backend_fixtures import LABELS, Passes, run_backend, settle, spec_of, text_of, write
-from manyicl.encoding import Encoder
-from manyicl.engines.native import NativeEngine
+from backend_fixtures import LABELS, settle, spec_of, text_of, write
 from manyicl.errors import DeadlineError, OverloadedError
 from manyicl.sampling import TokenStreams
 from manyicl.serving import task_prefixes
 from manyicl.serving.backends import GenerationOptions
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded):
-    return tiny_loaded("llama")
-
-
-@pytest.fixture
-def engine(loaded):
-    return NativeEngine(loaded, Encoder(loaded.tokenizer))
-
-
-@pytest.fixture
-def passes(loaded):
-    passes = Passes(loaded.model)
-    yield passes
-    passes.close()
-
-
-@pytest.fixture
-def serve(engine, tmp_path):
-    """Run a coroutine function with a started backend: serve(scenario, engine=…, max_queue=…)."""
-    return partial(run_backend, engine=engine, folder=tmp_path / "prefixes")
 
 
 def test_queries_that_wait_together_share_a_pass(serve, passes):

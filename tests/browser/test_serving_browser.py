@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from browser_fixtures import Opened, SteppedBackend
 from manyicl.errors import OverloadedError
-from manyicl.serving import jobs
 from manyicl.serving.keys import add_key
 from manyicl.serving.settings import Settings
 from serving_fixtures import CAPITALS, TICKETS, chat_file, overloaded, plain_file, serving, wait_for
@@ -53,25 +51,6 @@ FAINT = """() => {
     }
     return found;
 }"""
-
-
-@pytest.fixture
-def backend(tmp_path: Path) -> SteppedBackend:
-    return SteppedBackend(tmp_path / "fake", context_tokens=5000)
-
-
-@pytest.fixture
-def address(tmp_path: Path, backend: SteppedBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(jobs, "_PROGRESS_SECONDS", 0)
-    with serving(Settings(tmp_path / "data"), backend) as address:
-        yield address
-
-
-@pytest.fixture
-def opened(browser: "Browser", address: str) -> Iterator[Opened]:
-    found = Opened(browser, address, viewport={"width": 1200, "height": 900}, color_scheme="light")
-    yield found
-    found.context.close()
 
 
 def test_a_task_from_its_examples_to_its_deletion(opened: Opened, backend: SteppedBackend, address: str) -> None:

@@ -3,11 +3,10 @@
 import asyncio
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from backend_fixtures import Passes, examples, expected_scores, run_backend, settle, spec_of
+from backend_fixtures import examples, expected_scores, settle, spec_of
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError, DeadlineError, StorageError
@@ -15,29 +14,6 @@ from manyicl.serving import task_prefixes
 from manyicl.serving.backends import TaskSpec
 from manyicl.tasks.task import Example
 from serving_fixtures import copy_of, count_comparisons
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded):
-    return tiny_loaded("llama")
-
-
-@pytest.fixture
-def engine(loaded):
-    return NativeEngine(loaded, Encoder(loaded.tokenizer))
-
-
-@pytest.fixture
-def passes(loaded):
-    passes = Passes(loaded.model)
-    yield passes
-    passes.close()
-
-
-@pytest.fixture
-def serve(engine, tmp_path):
-    """Run a coroutine function with a started backend: serve(scenario, engine=…, max_queue=…)."""
-    return partial(run_backend, engine=engine, folder=tmp_path / "prefixes")
 
 
 def test_a_prefill_lets_queries_of_other_tasks_go_before_it_ends(serve, passes, monkeypatch):

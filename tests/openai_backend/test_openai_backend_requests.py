@@ -2,12 +2,9 @@
 
 import asyncio
 import time
-from functools import partial
 
 import pytest
 
-from manyicl.encoding import Encoder
-from manyicl.engines.native import NativeEngine
 from manyicl.errors import DeadlineError, ManyICLError, OverloadedError, UserInputError
 from manyicl.label_trie import build_trie
 from manyicl.serving import openai_backend
@@ -19,23 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 from backend_fixtures import text_of, write
-from openai_fixtures import LABELS, SPEC, FakeServer, run_openai_backend
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded):
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def engine(loaded):
-    return NativeEngine(loaded, Encoder(loaded.tokenizer), context_tokens=400)
-
-
-@pytest.fixture
-def serve(loaded):
-    """Run a coroutine function with a started backend and the fake server behind it: serve("vllm", scenario)."""
-    return partial(run_openai_backend, loaded)
+from openai_fixtures import LABELS, SPEC, FakeServer
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,10 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
 from manyicl.encoding import Encoder
-from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError, ManyICLError, ModelError, UserInputError
 from manyicl.label_trie import build_trie
 from manyicl.serving.backends import TaskSpec
@@ -19,24 +17,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 from backend_fixtures import text_of, write
-from openai_fixtures import LABELS, SPEC, FakeServer, run_openai_backend
+from openai_fixtures import LABELS, SPEC, FakeServer
 from serving_fixtures import copy_of, count_comparisons
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded):
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def engine(loaded):
-    return NativeEngine(loaded, Encoder(loaded.tokenizer), context_tokens=400)
-
-
-@pytest.fixture
-def serve(loaded):
-    """Run a coroutine function with a started backend and the fake server behind it: serve("vllm", scenario)."""
-    return partial(run_openai_backend, loaded)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "echo"])

@@ -6,36 +6,13 @@ from functools import partial
 
 import pytest
 
-from backend_fixtures import Passes, expected_scores, run_backend, spec_of, text_of, write
+from backend_fixtures import expected_scores, spec_of, text_of, write
 from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import BudgetError, TaskError, UserInputError
 from manyicl.scoring import generate_answers
 from manyicl.serving.backends import GenerationOptions, TaskSpec
 from manyicl.serving.native_backend import NativeBackend, open_native_engine
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded):
-    return tiny_loaded("llama")
-
-
-@pytest.fixture
-def engine(loaded):
-    return NativeEngine(loaded, Encoder(loaded.tokenizer))
-
-
-@pytest.fixture
-def passes(loaded):
-    passes = Passes(loaded.model)
-    yield passes
-    passes.close()
-
-
-@pytest.fixture
-def serve(engine, tmp_path):
-    """Run a coroutine function with a started backend: serve(scenario, engine=…, max_queue=…)."""
-    return partial(run_backend, engine=engine, folder=tmp_path / "prefixes")
 
 
 def test_scores_are_those_of_the_engine_whatever_else_is_in_flight(serve, engine):

@@ -133,6 +133,15 @@ def test_the_claims_table_holds_every_claim(results: StudyResults, page: Page) -
     assert [row[0] for row in page.csv("claims")[1:]] == list(table)
 
 
+def test_the_claims_table_holds_the_variants_of_an_ablation() -> None:
+    claim = few_shot_claim(1.5, -3.5, 7.6, "not shown") | {"against": "all_answers", "aim": None}
+    claim |= {"at_max": {"value": 5.5, "low": 1.4, "high": 10.0, "num_tasks": 2}}
+    claims = {"claims": {}, "waiting": [], "variants": {"remapped_half": claim}}
+    found = Findings(StudyResults(recipe={}, records=[], models=[], corpora=[], cells=[], claims=claims))
+    row = ("remapped half beats many-shot, all answers (ours)", "not shown", 1.5, -3.5, 7.6, "points", 5.5, None)
+    assert claims_table(found).rows[-1] == row
+
+
 def test_the_curves_are_those_of_the_claims_and_records(results: StudyResults, page: Page) -> None:
     rows = {(row[1], row[2]): row[3:] for row in page.csv("shot-curves")[1:]}
     labels = {"in_context": "no tuning", "all_answers": "many-shot, all answers (ours)", "zero_shot": "zero-shot tuning"}

@@ -180,7 +180,7 @@ CLAIM_COLUMNS = (
 def claims_table(findings: Findings) -> Table:
     """Every claim with its verdict, figure, interval and aim; those that wait have none."""
     rows = [*_compared_rows(findings), *_dedicated_rows(findings), *_slope_rows(findings)]
-    return Table(CLAIM_COLUMNS, [*rows, *_forgetting_rows(findings), *_family_rows(findings)])
+    return Table(CLAIM_COLUMNS, [*rows, *_forgetting_rows(findings), *_family_rows(findings), *_variant_rows(findings)])
 
 
 def _row(
@@ -255,6 +255,15 @@ def _family_rows(findings: Findings) -> list[tuple[Value, ...]]:
         return []
     words = f"beats {method_label(claim['against'])} on a family left out ({claim['family']})"
     return [_row(words, claim["verdict"], claim["at_max"], aims=(float(claim["at_max"]["value"]), None))]
+
+
+def _variant_rows(findings: Findings) -> list[tuple[Value, ...]]:
+    """Each variant of an ablation against what it is one of."""
+    rows = []
+    for name, claim in findings.claims.get("variants", {}).items():
+        words = f"{method_label(name)} beats {method_label(claim['against'])}"
+        rows.append(_row(words, claim["verdict"], claim["at_best_shots"], aims=(float(claim["at_max"]["value"]), None)))
+    return rows
 
 
 def forgetting_table(findings: Findings) -> Table | None:

@@ -5,7 +5,6 @@ marked `model`, and is skipped where the package that ships the model is absent.
 """
 
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import yaml
 from hypothesis import settings
 
 from manyicl.tasks.task import Example, Task
+from plain_fixtures import write_rows
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -35,7 +35,6 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 NO_CHROMIUM = (
     "Chromium is absent: .venv/bin/playwright install --with-deps chromium, or where that cannot be reached: "
     "apt-get install -y chromium"
@@ -215,14 +214,6 @@ def _build_task(
 def small_task() -> Callable[..., Task]:
     """A factory of tasks: small_task(("a", "b"), num_train=9), small_task((), train=[Example("1", "one")]) for free text."""
     return _build_task
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any] | str]) -> Path:
-    """Write JSON lines; a string is written as it stands, so that a line can be broken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ARCHITECTURES
 from manyicl.attention import IMPLEMENTATION, Branches, attend, use_shared_prefix_attention
 from manyicl.encoding import Encoder
 from manyicl.prefix import prefill
 from manyicl.scoring import score_labels
 from manyicl.tasks.task import Example
 from model_fixtures import make_batch
+from plain_fixtures import ARCHITECTURES
 
 LAYER = SimpleNamespace(layer_idx=0, is_causal=True, num_key_value_groups=2)
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from conftest import write_rows
 from manyicl import cli, runs
 from manyicl.errors import CheckpointError, UserInputError
 from manyicl.modeling import load_model
 from manyicl.records import read_records
 from model_fixtures import make_recipe, write_recipe
+from plain_fixtures import write_rows
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import write_rows
+from plain_fixtures import write_rows
 
 ROWS = [{"text": f"text {number}", "label": ("yes", "no")[number % 2]} for number in range(8)]
 DESCRIPTION = {"input": "{text}", "answer": "label", "labels": ["yes", "no"]}

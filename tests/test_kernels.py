@@ -36,8 +36,10 @@ def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("the processor has no AMX")
     monkeypatch.setenv("MANYICL_CPU_KERNEL", request.param)
     cpu_attention._load_once.cache_clear()
-    if not cpu_attention.is_available():
+    library = cpu_attention._library()
+    if library is None:
         pytest.skip("the kernel needs a processor with AVX512-BF16 and a C++ compiler")
+    assert library.uses_amx() == (request.param == "amx")
     yield
     cpu_attention._load_once.cache_clear()
 
@@ -495,6 +497,18 @@ class TestFallback:
         assert (lse.double() - exact_lse).abs().max() < 1e-3
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "no C++ compiler. Install g++" in caplog.text
+
+    def test_a_compiler_that_does_not_know_amx(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        if not cpu_attention.is_available() or not cpu_attention._has_amx():
+            pytest.skip("needs a processor with AMX and a C++ compiler")
+        cpu_attention._load_once.cache_clear()
+        monkeypatch.setattr(cpu_attention, "AMX_FLAGS", ("-mno-such-feature",))
+        library = cpu_attention._library()
+        assert library is not None
+        assert library.uses_amx() == 0
+        assert [record.levelname for record in caplog.records if record.levelno >= logging.WARNING] == ["WARNING"]
+        assert "could not be compiled for AMX" in caplog.text
+        assert "-mno-such-feature" in caplog.text
 
     def test_calling_the_kernel_all_the_same_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MANYICL_CPU_KERNEL", "off")

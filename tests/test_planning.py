@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ARCHITECTURES
 from manyicl import planning, prefix
 from manyicl.encoding import Encoder
 from manyicl.errors import BudgetError, ModelError
 from manyicl.tasks.task import Example
+from plain_fixtures import ARCHITECTURES
 
 CPU = torch.device("cpu")
 CONFIG = transformers.LlamaConfig(

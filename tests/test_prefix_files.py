@@ -18,7 +18,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ARCHITECTURES
 from manyicl.encoding import Encoder
 from manyicl.errors import PrefixError, StorageError
 from manyicl.modeling import load_model
@@ -35,6 +34,7 @@ from manyicl.prefix_files import (
 )
 from manyicl.scoring import score_labels
 from manyicl.tasks.task import Example
+from plain_fixtures import ARCHITECTURES
 
 IDENTITY = PrefixIdentity(
     fingerprint="a1",

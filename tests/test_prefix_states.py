@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ARCHITECTURES
 from manyicl.encoding import Encoder
 from manyicl.errors import PrefixError
 from manyicl.prefix import Prefix, extend, prefill, quantise
 from manyicl.prefix_states import Int8States, StatesBuffer, name_tensors, states_of_tensors, to_int8
 from manyicl.scoring import generate_answers, score_labels
 from manyicl.tasks.task import Example
+from plain_fixtures import ARCHITECTURES
 
 
 def demonstrations(*numbers: int) -> list[Example]:

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from conftest import write_rows
 from manyicl import runs
 from manyicl.errors import UserInputError
 from manyicl.modeling import load_model, save_model
@@ -13,6 +12,7 @@ from manyicl.runs import EvaluationRequest, evaluate_models, measure_corpora, pr
 from manyicl.tasks.readers import load_task
 from manyicl.tasks.task import Example
 from model_fixtures import count_calls
+from plain_fixtures import write_rows
 
 EXAMPLES = [Example(f"number {number}", ("odd", "even")[number % 2 == 0]) for number in range(8)]
 

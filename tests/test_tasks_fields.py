@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import write_rows
 from manyicl.errors import TaskError
 from manyicl.tasks.descriptions import TaskFile
 from manyicl.tasks.readers import load_task, make_example, read_queries
 from manyicl.tasks.tables import RowError, TableRow
+from plain_fixtures import write_rows
 
 NESTED = {
     "q": "x",

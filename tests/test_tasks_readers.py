@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import write_rows
 from manyicl.errors import TaskError
 from manyicl.tasks.descriptions import TaskFile
 from manyicl.tasks.readers import (
@@ -19,6 +18,7 @@ from manyicl.tasks.readers import (
 )
 from manyicl.tasks.tables import RowError, TableRow
 from manyicl.tasks.task import Example
+from plain_fixtures import write_rows
 
 ROWS = [{"text": f"t{number}", "label": ("a", "b")[number % 2]} for number in range(4)]
 DESCRIPTION = {"input": "{text}", "answer": "label", "labels": ["a", "b"]}

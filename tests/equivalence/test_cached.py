@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ARCHITECTURES
 from manyicl import prefix as prefix_module
 from manyicl.dtypes import has_fast_bfloat16
 from manyicl.encoding import Encoder
@@ -19,6 +18,7 @@ from manyicl.prefix import extend, prefill
 from manyicl.scoring import generate_answers, score_labels
 from manyicl.tasks.task import Example
 from model_fixtures import letter_example
+from plain_fixtures import ARCHITECTURES
 
 # Labels that begin like others, one of one token, one long, one with a space inside.
 LABELS = ("a", "ab", "abc", "abd", "b", "a b", "quite a long label", "?")

@@ -22,6 +22,7 @@ class TileRegisters {
             config[16 + 2 * tile] = 64;
             config[48 + tile] = 16;
         }
+        asm volatile("" : : "r"(config) : "memory");  // GCC 12 does not know that all of it is read.
         _tile_loadconfig(config);
     }
 
@@ -30,7 +31,7 @@ class TileRegisters {
 
 // C of (16 or 32) x (16 or 32); rows and steps of all three count 32-bit words.
 template <bool kTwoRows, bool kTwoColumns>
-inline __attribute__((always_inline)) void multiply_tiles(
+inline void multiply_tiles(
     const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_step, int64_t steps, float* c, int64_t c_row, bool adds) {
     const uint32_t* low = a + 16 * a_row;
     float* under = c + 16 * c_row;
@@ -64,8 +65,8 @@ inline __attribute__((always_inline)) void multiply_tiles(
     if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, under + 16, c_row * 4);
 }
 
-// C [rows, columns] = or += A [rows, 2 steps] · B [2 steps, columns]. Columns are a multiple of 16, steps too. Rows are rounded up to
-// one: A and C have room for them, whatever stands there.
+// C [rows, columns] = or += A [rows, 2 steps] · B [2 steps, columns]. Columns are a multiple of 16, steps too. Rows are rounded
+// up to one: A and C have room for them, whatever stands there.
 inline void multiply_block(
     const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_step, int64_t steps, int64_t rows, int64_t columns, float* c,
     int64_t c_row, bool adds) {
@@ -76,10 +77,10 @@ inline void multiply_block(
             const uint32_t* right = b + column;
             float* target = c + row * c_row + column;
             const bool two_rows = row + 16 < rows, two_columns = column + 16 < columns;
-            if (two_rows && two_columns) multiply_tiles<true, true>(left, a_row, right, b_step, steps, target, c_row, adds);
-            else if (two_rows) multiply_tiles<true, false>(left, a_row, right, b_step, steps, target, c_row, adds);
-            else if (two_columns) multiply_tiles<false, true>(left, a_row, right, b_step, steps, target, c_row, adds);
-            else multiply_tiles<false, false>(left, a_row, right, b_step, steps, target, c_row, adds);
+            const auto product = two_rows ? two_columns ? multiply_tiles<true, true> : multiply_tiles<true, false>
+                                 : two_columns ? multiply_tiles<false, true>
+                                               : multiply_tiles<false, false>;
+            product(left, a_row, right, b_step, steps, target, c_row, adds);
         }
     }
 }

@@ -5,8 +5,8 @@
 // The keys of a key-value head are divided into `splits` parts, so that threads share them; a part sums its own dQ in fp32, and
 // the parts are added in order at the end. Nothing depends on which thread does what.
 //
-// With AMX dK and dV are summed as their transposes, dK^T += Q^T dS: so P and dS are right operands as they stand, and only Q and dO,
-// which are smaller, are turned.
+// With AMX dK and dV are summed as their transposes, dK^T += Q^T dS: so P and dS are right operands as they stand, and only Q
+// and dO, which are smaller, are turned.
 
 #include "tiles.h"
 
@@ -43,8 +43,10 @@ struct Buffers {
           value_columns(carver.take<uint32_t>(kKeyBlock * width_of(call.size) / 2)),
           key_pairs(carver.take<uint32_t>(kKeyBlock * call.size / 2)), key_sums(carver.take<float>(kKeyBlock * call.size)),
           value_sums(carver.take<float>(kKeyBlock * call.size)),
-          turned_sums(carver.take<float>(kHasAmx ? 2 * kKeyBlock * call.size : 0)), queries(carver.take<bf16>(kRowBlock * width_of(call.size))),
-          gradients(carver.take<bf16>(kRowBlock * width_of(call.size))), query_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)),
+          turned_sums(carver.take<float>(kHasAmx ? 2 * kKeyBlock * call.size : 0)),
+          queries(carver.take<bf16>(kRowBlock * width_of(call.size))),
+          gradients(carver.take<bf16>(kRowBlock * width_of(call.size))),
+          query_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)),
           gradient_pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)),
           pairs(carver.take<uint32_t>(kRowBlock * call.size / 2)), shifts(carver.take<float>(kRowBlock)),
           deltas(carver.take<float>(kRowBlock)), scores(carver.take<float>(kTileRows * kKeyBlock)),
@@ -206,7 +208,8 @@ void differentiate_tile(const Block& block, int64_t first, float* query_sums) {
     if (keys > 0) add_queries(block, first, rows, keys, query_sums + first * size);
 }
 
-// sums [keys, D] += strips^T · pairs, or with AMX the transpose of that, over the rows of the block from the first that sees a key.
+// sums [keys, D] += strips^T · pairs, or with AMX the transpose of that, over the rows of the block from the first that sees a
+// key.
 void add_transposed(const Block& block, float* sums, uint32_t* strips, const uint32_t* pairs) {
     const int64_t size = block.call.size;
     int64_t first = 0;

@@ -1,4 +1,4 @@
-"""Attention for bf16 on processors with AVX-512 BF16, and with AMX: several times the speed of torch's CPU kernel.
+"""Attention for bf16 on processors with AVX-512 BF16, and with AMX where there is that.
 
     query   [B, H, L, D]           any strides, last dimension contiguous
     key     [B or 1, K, T, D]      H is a multiple of K: head h reads key-value head h // (H / K)
@@ -16,7 +16,8 @@ torch's kernel.
 
 The kernel is compiled on first use, in about five seconds, and kept (see build.py). Where that is not possible, or the
 environment variable MANYICL_CPU_KERNEL is "off", `can_attend` says no, after one message. AMX multiplies blocks of rows where
-other processors multiply vectors, and sums in another order: the last digits differ. MANYICL_CPU_KERNEL "avx512" leaves it idle.
+other processors multiply vectors, and sums in another order: the last digits differ. MANYICL_CPU_KERNEL "avx512" leaves it idle,
+for results in the digits of those processors; torch's kernel is faster than that where there is AMX.
 """
 
 import ctypes
@@ -38,6 +39,7 @@ FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf1
 
 AMX_FEATURES = frozenset({"amx_tile", "amx_bf16"})
 AMX_FLAGS = ("-DMANYICL_AMX", "-mamx-tile", "-mamx-bf16")
+_FILES = ("attention", ("forward.cpp", "backward.cpp"), ("attention.h", "tiles.h", "amx.h"))
 
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -207,6 +209,15 @@ def _has_amx() -> bool:
     return cpu_flags() >= AMX_FEATURES and torch.cpu._init_amx()
 
 
+def _load_for_amx() -> ctypes.CDLL | None:
+    """The kernel compiled for AMX; None, and a message, where the compiler does not know it."""
+    try:
+        return load_library(*_FILES, AMX_FLAGS)
+    except BuildError as error:
+        logger.warning("The attention kernel could not be compiled for AMX, and leaves it idle: %s.", error)
+        return None
+
+
 @functools.cache
 def _load_once() -> ctypes.CDLL | None:
     """Load or compile the kernel; what hinders it is told here, once."""
@@ -219,13 +230,13 @@ def _load_once() -> ctypes.CDLL | None:
         logger.info("The processor lacks %s: attention uses torch's kernel.", ", ".join(sorted(missing)))
         return None
     try:
-        flags = AMX_FLAGS if wanted != "avx512" and _has_amx() else ()
-        library = load_library("attention", ("forward.cpp", "backward.cpp"), ("attention.h", "tiles.h", "amx.h"), flags)
+        library = _load_for_amx() if wanted != "avx512" and _has_amx() else None
+        library = library or load_library(*_FILES)
     except BuildError as error:
         logger.warning("The fast attention kernel is not available, and attention uses torch's kernel: %s.", error)
         return None
-    for name in ("attention_forward", "attention_backward"):
-        getattr(library, name).argtypes = (ctypes.POINTER(_Call),)
+    for name, arguments in (("attention_forward", 1), ("attention_backward", 1), ("uses_amx", 0)):
+        getattr(library, name).argtypes = (ctypes.POINTER(_Call),) * arguments
         getattr(library, name).restype = ctypes.c_int64
     return library
 

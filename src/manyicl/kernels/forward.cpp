@@ -24,14 +24,15 @@ struct Buffers {
     Row* places;        // [rows]
 
     Buffers(Carver& carver, const Call& call, int64_t rows)
-        : keys(carver.take<uint32_t>(kKeyBlock * width_of(call.size) / 2)), values(carver.take<uint32_t>(kKeyBlock / 2 * call.size)),
+        : keys(carver.take<uint32_t>(kKeyBlock * width_of(call.size) / 2)),
+          values(carver.take<uint32_t>(kKeyBlock / 2 * call.size)),
           queries(carver.take<bf16>(rows * width_of(call.size))), sums(carver.take<float>(rows * call.size)),
           most(carver.take<float>(rows)), weights(carver.take<float>(rows)), scores(carver.take<float>(kTileRows * kKeyBlock)),
           shares(carver.take<bf16>(kTileRows * kKeyBlock)), places(carver.take<Row>(rows)) {}
 };
 
-// Turns the scores of `rows` <= 16 rows, of the tile those from `tile_row` on, into shares in bf16 and updates the rows' maxima and
-// sums; `factors` are for what was summed before.
+// Turns the scores of `rows` <= 16 rows, of the tile those from `tile_row` on, into shares in bf16 and updates the rows' maxima
+// and sums; `factors` are for what was summed before.
 void compute_shares(
     const Buffers& buffers, int64_t first, int64_t tile_row, int64_t rows, int64_t keys, float scale, float* factors) {
     const __mmask16 lanes = lanes_below(rows, 0);
@@ -106,7 +107,8 @@ void attend_tile(const Call& call, const Rows& all, const Buffers& buffers, int6
     if (keys <= 0) return;
     const float scale = static_cast<float>(call.scaling) * kLog2E;
     const int64_t padded = round_up(keys, kStep);
-    multiply_columns(buffers.queries + first * width_of(call.size), rows, buffers.keys, keys, call.size, buffers.scores, kKeyBlock);
+    const bf16* queries = buffers.queries + first * width_of(call.size);
+    multiply_columns(queries, rows, buffers.keys, keys, call.size, buffers.scores, kKeyBlock);
     for (int64_t r = 0; r < rows; ++r)
         hide(call, places[r], all.visible(places[r]), buffers.scores + r * kKeyBlock, key_start, padded);
     float factors[round_up(kTileRows, kLanes)];
@@ -155,6 +157,9 @@ void attend_rows(const Call& call, const Rows& all, const Buffers& buffers, int6
 }
 
 }  // namespace
+
+// Whether this library was compiled for AMX.
+extern "C" int64_t uses_amx() { return kHasAmx; }
 
 // Returns 0, or 1 where memory ran out.
 extern "C" int64_t attention_forward(const Call* given) {

@@ -1,8 +1,8 @@
 // The pieces from which attention is built, for AVX-512 with bf16 dot products, and with AMX where there is that (amx.h).
 //
-// Without AMX a product C[R, 16 V] += A[R, 2 S] · B[2 S, 16 V] goes through one register tile: `_mm512_dpbf16_ps` multiplies pairs of bf16
-// and adds both products to an fp32 lane, so the reduced dimension comes in pairs. A pair of A is one 32-bit word, broadcast;
-// B is packed so that a vector holds the pairs of 16 neighbouring columns:
+// Without AMX a product C[R, 16 V] += A[R, 2 S] · B[2 S, 16 V] goes through one register tile: `_mm512_dpbf16_ps` multiplies
+// pairs of bf16 and adds both products to an fp32 lane, so the reduced dimension comes in pairs. A pair of A is one 32-bit word,
+// broadcast; B is packed so that a vector holds the pairs of 16 neighbouring columns:
 //
 //     packed B   [S pairs][columns][2]
 //
@@ -226,8 +226,8 @@ inline void pack_columns(uint32_t* packed, const bf16* rows, int64_t stride, int
     }
 }
 
-// Rows [count, D] for products over the rows: [count / 2][D][2]; an odd last row is paired with zeros, and with AMX there are pairs
-// of zeros up to a multiple of kStep rows.
+// Rows [count, D] for products over the rows: [count / 2][D][2]; an odd last row is paired with zeros, and with AMX there are
+// pairs of zeros up to a multiple of kStep rows.
 inline void pack_pairs(uint32_t* packed, const bf16* rows, int64_t stride, int64_t count, int64_t size) {
     for (int64_t row = 0; row < count; row += 2) {
         const bf16* first = rows + row * stride;
@@ -248,8 +248,8 @@ inline void pack_pairs(uint32_t* packed, const bf16* rows, int64_t stride, int64
     }
 }
 
-// out[rows, columns] = A · B with A [rows <= kTileRows, width] row by row and B from `pack_columns`; as many columns as a multiple of
-// kStep has.
+// out[rows, columns] = A · B with A [rows <= kTileRows, width] row by row and B from `pack_columns`; as many columns as a
+// multiple of kStep has.
 inline void multiply_columns(
     const bf16* a, int64_t rows, const uint32_t* packed, int64_t columns, int64_t size, float* out, int64_t out_stride) {
     if constexpr (kHasAmx) {

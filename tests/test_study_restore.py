@@ -6,7 +6,7 @@ import pytest
 
 from manyicl.errors import RecipeError, RecordsError
 from manyicl.results.files import write_results
-from manyicl.study import restore
+from manyicl.study import restore, runner
 from manyicl.study.jobs import Study
 from manyicl.study.restore import restore_folder
 from manyicl.study.runner import work
@@ -47,12 +47,11 @@ def test_more_queries_may_be_asked_of_a_study_under_way(make, tmp_path):
     first = open_folder(recipe).gather()
     suite = load_suite(recipe.tasks)
     grown = make(**FAST, num_queries=recipe.num_queries + 1)
-    with open_folder(recipe).lock("classic/speed"), pytest.raises(RecipeError, match="a process is at classic/speed with fewer"):
-        open_folder(grown)
     folder = open_folder(grown)
     left = [cell.name for cell in folder.cells if folder.status(cell.name) == "open"]
     read = [cell.name for cell in folder.cells if cell.kind in ("evaluate", "classic") and cell.task in suite.held_out]
     assert left == read
+    assert set(statuses(open_folder(recipe)).values()) == {"done"}  # Looking changes nothing.
     work(grown)
     again = open_folder(grown).gather()
     kept = [record for record in first.records if record.role != "held_out"]
@@ -70,6 +69,63 @@ def test_more_queries_may_be_asked_of_a_study_under_way(make, tmp_path):
     restore_folder(restored, tmp_path / "first")
     trainings = [cell.name for cell in restored.cells if cell.kind == "train"]  # Their weights are needed.
     assert [cell.name for cell in restored.cells if restored.status(cell.name) == "open"] == [*trainings, *read]
+
+
+def test_a_study_in_use_is_not_given_more_queries(make):
+    recipe = make(**FAST | {"methods": ["in_context", "classic"]})
+    work(recipe, kinds=["classic"])
+    before = open_folder(recipe)
+    grown = open_folder(make(**FAST | {"methods": ["in_context", "classic"]}, num_queries=recipe.num_queries + 1))
+    with before.lock("evaluate/base/speed"), pytest.raises(RecipeError, match="a process is at evaluate/base/speed with the rec"):
+        grown.take_over()
+    assert before.is_current()
+    assert before.status("classic/speed") == "done"
+    assert before.records("classic/speed") != []
+    grown.take_over()
+    assert before.status("classic/speed") == "open"
+    cell = next(cell for cell in before.cells if cell.name == "classic/speed")
+    with pytest.raises(RecipeError, match="another process has given this folder a recipe that asks for more"):
+        runner._do(before, Study(recipe, load_suite(recipe.tasks), before.outcome), cell)
+    assert before.records("classic/speed") == []
+
+
+def test_a_kill_while_cells_are_emptied_leaves_none_with_fewer_queries(make, monkeypatch):
+    recipe = make(**FAST | {"methods": ["in_context", "classic"]})
+    work(recipe, kinds=["classic"])
+    grown = make(**FAST | {"methods": ["in_context", "classic"]}, num_queries=recipe.num_queries + 1)
+    num_left, unlink = [1], Path.unlink
+
+    def unlink_one(path, **options):
+        if not num_left[0]:
+            raise KeyboardInterrupt
+        num_left[0] -= 1
+        unlink(path, **options)
+
+    folder = open_folder(grown)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_one)
+        with pytest.raises(KeyboardInterrupt):
+            folder.take_over()
+    work(grown, kinds=["classic"])
+    held_out = [record for record in open_folder(grown).gather().records if record.role == "held_out"]
+    assert {record.num_queries for record in held_out} == {grown.num_queries}
+
+
+def test_a_study_under_way_may_be_given_training_seeds(make):
+    study = FAST | {"methods": ["all_answers", "zero_shot", "classic"]}
+    recipe = make(**study)
+    work(recipe, kinds=["classic"])
+    more = make(**study | {"training_seeds": {"values": [1], "methods": ["all_answers"]}})
+    most = make(**study | {"training_seeds": {"values": [1, 2], "methods": ["zero_shot", "all_answers"]}})
+    for grown, methods, seeds in ((more, ("all_answers",), (1,)), (most, ("zero_shot", "all_answers"), (1, 2))):
+        folder = open_folder(grown)
+        assert {name for name, status in statuses(folder).items() if status == "done"} == {"classic/mood", "classic/speed"}
+        wanted = {f"train/{method}/seed-{seed}" for method in methods for seed in (0, *seeds)}
+        assert {cell.name for cell in folder.cells if cell.kind == "train"} >= wanted
+        folder.take_over()
+    for fewer in (recipe, more):
+        with pytest.raises(RecipeError, match="training_seeds differ"):
+            open_folder(fewer)
 
 
 def test_a_restored_study_ends_as_one_that_was_not_interrupted(make, monkeypatch):

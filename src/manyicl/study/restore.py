@@ -1,5 +1,7 @@
 """Makes a study's folder again from its published results: what is done stays done on another machine.
 
+Cells that were read with fewer queries than the recipe asks for are left open.
+
 Results hold every record and figure but no weights. A training whose weights a cell that is left needs is to be repeated, from
 the same seed and in the same number format: it is left open, with its published figures beside it until it is done again. On
 a like machine it ends in the same weights bit for bit, on another in weights that differ in the last digits.
@@ -19,7 +21,7 @@ from manyicl.study.runner import PUBLISHED_FILE, CellResult, StudyFolder, compar
 
 
 def restore_folder(folder: StudyFolder, source: Path) -> int:
-    """Put the finished cells of the results in `source` into a folder in which none was begun; how many they are.
+    """Put the finished cells of `source`, with as many queries as asked for, into a folder with none; how many they are.
 
     The folder has all of them or, after a kill, none.
 

@@ -15,6 +15,7 @@ that fails says so in its folder, those that need it wait, and the rest goes on.
 one that the system kills, for want of memory say, is told from its exit, and another goes on.
 """
 
+import contextlib
 import logging
 import os
 import platform
@@ -26,7 +27,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,15 +95,16 @@ class StudyFolder:
         self.cells = list_cells(recipe, suite)
         self.examples = {name: task.fingerprint() for name, task in suite.tasks.items()}
         self._num_queries = {name: min(recipe.num_queries, len(task.test)) for name, task in suite.tasks.items()}
+        self._text = yaml.safe_dump(self.recipe.model_dump(mode="json", exclude={"output"}), sort_keys=False, allow_unicode=True)
+        self._short: set[str] = set()  # Cells with fewer queries than this recipe asks for, until it is the folder's.
         self._claim()
 
     def _claim(self) -> None:
         """Make the folder this study's, or see that it is; one in which no cell was begun, as after `--plan`, is anyone's."""
-        recipe = yaml.safe_dump(self.recipe.model_dump(mode="json", exclude={"output"}), sort_keys=False, allow_unicode=True)
         path, hashes = self.output / "study.yaml", self.output / "tasks.json"
         if not (self.output / "cells").exists():
             write_json_atomic(hashes, self.examples)
-            write_text_atomic(path, recipe)
+            write_text_atomic(path, self._text)
             return
         if not (path.is_file() and hashes.is_file()):
             raise RecipeError(f"{self.output}: holds cells without a study.yaml and tasks.json. Choose another output.")
@@ -116,23 +117,37 @@ class StudyFolder:
         changed = compare_mappings(self.examples, yaml.safe_load(hashes.read_text(encoding="utf-8")))
         if changed:
             raise RecipeError(f"{self.output}: the examples of {changed} have changed. Choose another output.")
-        if path.read_text(encoding="utf-8") != recipe:
-            self._clear_short()
-            write_text_atomic(path, recipe)
+        if not self.is_current():
+            self._short = {cell.name for cell in self.cells if self.is_short(self.records(cell.name))}
 
-    def _clear_short(self) -> None:
-        """Empty the cells that were evaluated with fewer queries than the recipe has now; after a kill the next start goes on."""
-        for cell in self.cells:
-            if not self.is_short(self.records(cell.name)):
-                continue
-            with self.lock(cell.name) as is_ours, storage_errors(self.folder(cell.name)):
-                if not is_ours:
-                    raise RecipeError(f"{self.output}: a process is at {cell.name} with fewer queries. Stop it first.")
-                if not self.is_short(self.records(cell.name)):
-                    continue  # Another process has cleared it meanwhile.
-                shutil.rmtree(self.folder(cell.name) / "run", ignore_errors=True)
-                for name in ("result.json", "records.jsonl"):  # The records last: they say that the cell is not clear yet.
-                    (self.folder(cell.name) / name).unlink(missing_ok=True)
+    def is_current(self) -> bool:
+        """Whether the folder's recipe is the one that this process was given."""
+        return (self.output / "study.yaml").read_text(encoding="utf-8") == self._text
+
+    def take_over(self) -> None:
+        """Make this recipe the folder's, where it asks for more than the one there: cells with fewer queries are emptied.
+
+        Raises:
+            RecipeError: another process is at a cell; nothing was changed.
+        """
+        if self.is_current():
+            return
+        with contextlib.ExitStack() as stack:
+            for cell in self.cells:
+                if not stack.enter_context(self.lock(cell.name)):
+                    raise RecipeError(f"{self.output}: a process is at {cell.name} with the recipe before. Stop it first.")
+            for cell in self.cells:
+                if self.is_short(self.records(cell.name)):
+                    self.empty(cell.name)
+            write_text_atomic(self.output / "study.yaml", self._text)
+        self._short = set()
+
+    def empty(self, cell: str) -> None:
+        """Make a cell one that was not begun; after a kill in between it can be told that this is to be done again."""
+        with storage_errors(self.folder(cell)):
+            shutil.rmtree(self.folder(cell) / "run", ignore_errors=True)
+            for name in ("result.json", "records.jsonl"):  # The records last: they tell.
+                (self.folder(cell) / name).unlink(missing_ok=True)
 
     def is_short(self, records: Sequence[EvaluationRecord]) -> bool:
         """Whether records of tasks that choose nothing have fewer queries than the recipe asks for."""
@@ -145,6 +160,8 @@ class StudyFolder:
 
     def status(self, cell: str) -> Status:
         """Whether a cell is done."""
+        if cell in self._short:
+            return "open"
         if (self.folder(cell) / "result.json").is_file():
             return "done"
         return "failed" if (self.folder(cell) / "failure.json").is_file() else "open"
@@ -176,7 +193,7 @@ class StudyFolder:
         result = self.read(cell)
         return Outcome(result.models, result.corpora, result.harness, result.facts)
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self, cell: str) -> Iterator[bool]:
         """Whether this process may do a cell; it holds it inside the block."""
         folder = self.folder(cell)
@@ -198,10 +215,17 @@ class StudyFolder:
         write_json_atomic(self.folder(cell) / "failure.json", {"error": reason, "finished": _now()})
 
     def reopen_damaged(self) -> None:
-        """Open cells again whose records are fewer than they were when the cell was done; what is whole of them is kept."""
+        """Open cells again whose records are fewer than they were when the cell was done, or have too few queries.
+
+        What is whole of the former is kept.
+        """
         for cell in self.cells:
             if self.status(cell.name) == "done":
-                expected, found = self.read(cell.name).num_records, len(self.records(cell.name))
+                records = self.records(cell.name)
+                if self.is_short(records):
+                    self.empty(cell.name)
+                    continue
+                expected, found = self.read(cell.name).num_records, len(records)
                 if found != expected:
                     logger.warning("%s: %d of %d records are left; the cell is done again", cell.name, found, expected)
                     (self.folder(cell.name) / "result.json").unlink()
@@ -259,6 +283,7 @@ def work(recipe: StudyRecipe, *, kinds: Sequence[str] = (), deadline: float | No
     """
     suite = load_suite(recipe.tasks)
     folder = StudyFolder(recipe, suite)
+    folder.take_over()
     study = Study(folder.recipe, suite, folder.outcome)
     wanted = [cell for cell in folder.cells if not kinds or cell.kind in kinds]
     parent = os.getppid()
@@ -273,6 +298,10 @@ def work(recipe: StudyRecipe, *, kinds: Sequence[str] = (), deadline: float | No
 def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
     """Whether this process has done the cell, or failed to."""
     with folder.lock(cell.name) as is_ours:
+        if not folder.is_current():
+            raise RecipeError(
+                f"{folder.output}: another process has given this folder a recipe that asks for more. Start with that."
+            )
         if not is_ours or folder.status(cell.name) != "open":
             return False
         write_text_atomic(_worker_file(folder, os.getpid()), cell.name)
@@ -310,6 +339,7 @@ def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float 
         RecipeError: the folder belongs to another study.
     """
     folder = StudyFolder(recipe, load_suite(recipe.tasks))
+    folder.take_over()
     folder.reopen_damaged()
     for cell in folder.cells:  # What failed is tried again, once a start.
         (folder.folder(cell.name) / "failure.json").unlink(missing_ok=True)
@@ -319,11 +349,12 @@ def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float 
             while _run_worker(folder, kinds, deadline):
                 pass
     finally:
-        write_results(folder.gather(), folder.output / "results")
+        if folder.is_current():
+            write_results(folder.gather(), folder.output / "results")
     return folder.progress()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as an exception does, so that the worker ends with this process."""
     if threading.current_thread() is not threading.main_thread():  # Signals are the main thread's.

@@ -13,7 +13,7 @@ Letters: B branches, L tokens of the longest, N tokens of all, H heads, D head s
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,14 @@ from transformers import PreTrainedModel
 from manyicl.attention import Branches, LayerStates
 from manyicl.errors import BudgetError
 from manyicl.label_trie import LabelTrie, TokenIds
-from manyicl.planning import available_bytes, pass_bytes
+from manyicl.planning import available_bytes, pass_bytes, prefix_bytes
 from manyicl.prefix import Prefix
 
 LOGIT_CHUNK_BYTES = 32 * 2**20
 SLICE_BYTES = 2 * 2**20
 MAX_LOGIT_BYTES = 256 * 2**20
 MAX_SCORE_BYTES = 48 * 2**20
+MAX_PAST_BYTES = 2**30
 UNKNOWN_FREE_BYTES = 2 * 2**30
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 256, {"cpu": 2048, "cuda": 32768}
 
@@ -63,6 +64,16 @@ def _make_places(states: Tensor, num_tokens: int) -> Tensor:
     return states.new_empty(*states.shape[:2], num_tokens, states.shape[3])
 
 
+def _join_buffers(parts: Sequence[Tensor], used: Sequence[int], num_tokens: int) -> Tensor:
+    """Buffers [B, K, ., D] with their used places, as one [sum of B, K, num_tokens, D]."""
+    joined = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], num_tokens, parts[0].shape[3])
+    first = 0
+    for part, stop in zip(parts, used, strict=True):
+        joined[first : first + len(part), :, :stop] = part[:, :, :stop]
+        first += len(part)
+    return joined
+
+
 class PastStates:
     """Keys and values of the branches' earlier tokens, per layer, in buffers that new ones are written into.
 
@@ -91,6 +102,23 @@ class PastStates:
         for buffer, states in zip(buffers, (key, value), strict=True):
             buffer[: len(states), :, start:stop] = states
         return buffers[0][: len(key), :, :stop], buffers[1][: len(value), :, :stop]
+
+    @classmethod
+    def join(cls, parts: Sequence["PastStates"], num_tokens: int) -> "PastStates":
+        """The branches of all parts, one part after the other, each of which is emptied; shorter ones are padded with zeros.
+
+        Args:
+            num_tokens: Places of the joined states, at least as many as any part uses.
+        """
+        joined = cls(num_tokens)
+        for layer in list(parts[0]._buffers):
+            used = [part._num_used.pop(layer) for part in parts]
+            own = [part._buffers.pop(layer) for part in parts]
+            joined._num_used[layer] = max(used)
+            joined._buffers[layer] = _join_buffers([key for key, _ in own], used, num_tokens), _join_buffers(
+                [value for _, value in own], used, num_tokens
+            )
+        return joined
 
     def keep(self, lines: Sequence[int]) -> list[int]:
         """Forget all branches but `lines`; the last of these take the places of those that leave.
@@ -336,6 +364,39 @@ def plan_batches(
         tokens, logits = tokens + length, logits + num_logits[index]
     if batch:
         yield batch
+
+
+def plan_decoding(
+    model: PreTrainedModel,
+    batches: Iterable[list[int]],
+    num_tokens: Sequence[int],
+    max_new_tokens: int,
+    *,
+    max_batch_tokens: int | None,
+) -> Iterator[list[list[int]]]:
+    """Batches that are read one by one and then written together, as a token takes about as long for many branches as for few.
+
+    Args:
+        batches: As `plan_batches` gives them for the same tokens and limit.
+        max_new_tokens: Tokens that each branch may write.
+    """
+    config = model.config.get_text_config()
+    most = max_batch_tokens or choose_batch_tokens(model)
+    if not head_is_plain(model):
+        most = min(most, MAX_LOGIT_BYTES // (4 * int(config.vocab_size)))
+    free = available_bytes(model.device)
+    budget = min(MAX_PAST_BYTES, (UNKNOWN_FREE_BYTES if free is None else free) // 8)
+    most_places = budget // prefix_bytes(config, 1, model.dtype)
+    group: list[list[int]] = []
+    for batch in batches:
+        count = sum(map(len, group)) + len(batch)
+        longest = max(num_tokens[index] for own in (*group, batch) for index in own)
+        if group and (count > most or count * (longest + max_new_tokens) > most_places):
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group
 
 
 def choose_batch_tokens(model: PreTrainedModel) -> int:

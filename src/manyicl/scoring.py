@@ -22,6 +22,7 @@ from manyicl.branching import (
     log_probabilities,
     most_probable_tokens,
     plan_batches,
+    plan_decoding,
     query_branch,
 )
 from manyicl.label_trie import LabelTrie, TokenIds, build_trie, build_tries
@@ -98,27 +99,34 @@ def generate_answers(
     check_positions(model, prefix, [len(query) + max_new_tokens for query in queries])
     answers: list[TokenIds] = [()] * len(queries)
     lengths = [len(query) for query in queries]
-    for batch in plan_batches(model, lengths, [1] * len(queries), max_batch_tokens=max_batch_tokens):
-        generated = _generate_batch(model, prefix, [queries[i] for i in batch], terminator_id, max_new_tokens)
-        for index, answer in zip(batch, generated, strict=True):
+    batches = plan_batches(model, lengths, [1] * len(queries), max_batch_tokens=max_batch_tokens)
+    for group in plan_decoding(model, batches, lengths, max_new_tokens, max_batch_tokens=max_batch_tokens):
+        generated = _generate_group(model, prefix, queries, group, terminator_id, max_new_tokens)
+        for index, answer in zip((index for batch in group for index in batch), generated, strict=True):
             answers[index] = answer
     return answers
 
 
-def _generate_batch(
-    model: PreTrainedModel, prefix: Prefix, queries: Sequence[TokenIds], terminator_id: int, max_new_tokens: int
+def _generate_group(
+    model: PreTrainedModel,
+    prefix: Prefix,
+    queries: Sequence[TokenIds],
+    group: Sequence[Sequence[int]],
+    terminator_id: int,
+    max_new_tokens: int,
 ) -> list[TokenIds]:
-    """Greedy answers of one batch; a branch that has reached its terminator leaves the batch."""
-    lengths = np.array([len(query) for query in queries])
-    past = PastStates(int(lengths.max()) + max_new_tokens)
-    branches = [query_branch(query) for query in queries]
+    """Greedy answers to the queries of batches that are written together; one that has reached its terminator leaves."""
+    lengths = np.array([len(queries[index]) for batch in group for index in batch])
+    num_places = int(lengths.max()) + max_new_tokens
+    own_places = num_places if len(group) == 1 else 0  # Those of several are copied.
+    read = [_read_queries(model, prefix, [queries[index] for index in batch], own_places) for batch in group]
+    tokens = np.concatenate([own for _, own in read])
+    past = read[0][0] if len(read) == 1 else PastStates.join([own for own, _ in read], num_places)
+    del read
     seen = np.arange(lengths.max()) < lengths[:, None]
-    answers: list[list[int]] = [[] for _ in queries]
-    active = np.arange(len(queries))
+    answers: list[list[int]] = [[] for _ in lengths]
+    active = np.arange(len(lengths))
     for step in range(max_new_tokens):
-        row = flatten_branches(branches, prefix, model.device, past=past)
-        ends = row.starts + np.array([len(branch.token_ids) for branch in branches]) - 1
-        tokens = np.array(most_probable_tokens(model, row, ends))
         going = np.flatnonzero(tokens != terminator_id)
         for line in going:
             answers[active[line]].append(int(tokens[line]))
@@ -132,4 +140,16 @@ def _generate_batch(
             Branch(tokens[line : line + 1], lengths[index : index + 1] + step, seen[line : line + 1])
             for line, index in enumerate(active)
         ]
+        row = flatten_branches(branches, prefix, model.device, past=past)
+        tokens = np.array(most_probable_tokens(model, row, row.starts))
     return [tuple(answer) for answer in answers]
+
+
+def _read_queries(
+    model: PreTrainedModel, prefix: Prefix, queries: Sequence[TokenIds], num_places: int
+) -> tuple[PastStates, npt.NDArray[np.int64]]:
+    """One pass over the queries of a batch: their keys and values, and the first token after each."""
+    past = PastStates(num_places)
+    row = flatten_branches([query_branch(query) for query in queries], prefix, model.device, past=past)
+    ends = row.starts + np.array([len(query) for query in queries]) - 1
+    return past, np.array(most_probable_tokens(model, row, ends))

@@ -17,10 +17,12 @@ from manyicl.branching import (
     head_is_plain,
     log_probabilities,
     plan_batches,
+    plan_decoding,
     query_branch,
 )
 from manyicl.errors import BudgetError
 from manyicl.label_trie import build_trie
+from manyicl.planning import prefix_bytes
 from manyicl.prefix import Prefix
 
 EMPTY = Prefix((), (0,), ())
@@ -83,6 +85,44 @@ def test_past_states_are_what_concatenation_gives_whoever_leaves() -> None:
             assert torch.equal(key, whole[lines])
             assert torch.equal(value, -whole[lines])
     assert lines == [2]
+
+
+def test_stacked_past_states_hold_those_of_each_and_zeros() -> None:
+    draw = torch.Generator().manual_seed(0)
+    parts, states = (
+        [PastStates(0), PastStates(0)],
+        [torch.randn(2, 1, 3, 4, generator=draw), torch.randn(1, 1, 2, 4, generator=draw)],
+    )
+    for part, own in zip(parts, states, strict=True):
+        for layer in (0, 1):
+            part.append(layer, own + layer, -own)
+    stacked = PastStates.stack(parts, 5)
+    new = torch.randn(3, 1, 1, 4, generator=draw)
+    for layer in (0, 1):
+        key, value = stacked.append(layer, new, -new)
+        gap = torch.zeros(1, 1, 1, 4)
+        assert torch.equal(key, torch.cat([torch.cat([states[0] + layer, torch.cat([states[1] + layer, gap], 2)]), new], 2))
+        assert torch.equal(value, torch.cat([torch.cat([-states[0], torch.cat([-states[1], gap], 2)]), -new], 2))
+
+
+def test_batches_are_written_together_within_every_limit(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, lengths = tiny_model("llama"), [[0, 1], [2], [3, 4]], [3, 3, 5, 6, 6]
+
+    def plan(limit: int) -> list[list[list[int]]]:
+        return list(plan_decoding(model, batches, lengths, 4, max_batch_tokens=limit))
+
+    assert plan(5) == [batches]
+    assert plan(4) == [[[0, 1], [2]], [[3, 4]]]
+    assert plan(1) == [[batch] for batch in batches]  # A batch is never cut.
+    config = model.config.get_text_config()
+    monkeypatch.setattr(branching, "MAX_PAST_BYTES", 3 * (5 + 4) * prefix_bytes(config, 1, model.dtype))
+    assert plan(5) == [[[0, 1], [2]], [[3, 4]]]
+    monkeypatch.setattr(branching, "MAX_PAST_BYTES", 3 * (5 + 4) * prefix_bytes(config, 1, model.dtype) - 1)
+    assert plan(5) == [[[0, 1]], [[2]], [[3, 4]]]
+    monkeypatch.setattr(branching, "MAX_PAST_BYTES", 2**30)
+    gemma = tiny_model("gemma2")  # Its logits are taken whole.
+    monkeypatch.setattr(branching, "MAX_LOGIT_BYTES", 3 * 4 * gemma.config.get_text_config().vocab_size)
+    assert list(plan_decoding(gemma, batches, lengths, 4, max_batch_tokens=5)) == [[[0, 1], [2]], [[3, 4]]]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

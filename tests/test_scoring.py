@@ -121,6 +121,23 @@ def test_a_branch_that_ended_does_not_disturb_the_others(model, prefix, encoder)
     assert generate_answers(model, prefix, queries, terminator_id=terminator, max_new_tokens=8) == expected
 
 
+def test_queries_that_are_read_in_batches_are_written_together(model, prefix, encoder):
+    queries = [encoder.encode_query(text) for text in ("x", "a second query", "third", "and one more, longer", "y")]
+    alone = [generate_answers(model, prefix, [query], terminator_id=-1, max_new_tokens=6)[0] for query in queries]
+    passes = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, arguments, options: passes.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    limit = max(map(len, queries))
+    assert generate_answers(model, prefix, queries, terminator_id=-1, max_new_tokens=6, max_batch_tokens=limit) == alone
+    hook.remove()
+    reading = passes[:-5]
+    assert len(reading) > 1
+    assert max(reading) <= limit
+    assert sum(reading) == sum(map(len, queries))
+    assert passes[-5:] == [5] * 5
+
+
 def test_scoring_leaves_training_state_and_gradients_alone(tiny_model, encoder):
     model = tiny_model("llama").train()
     prefix = prefill(model, encoder, [letter_example(0)])

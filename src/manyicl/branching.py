@@ -64,14 +64,14 @@ def _make_places(states: Tensor, num_tokens: int) -> Tensor:
     return states.new_empty(*states.shape[:2], num_tokens, states.shape[3])
 
 
-def _join_buffers(parts: Sequence[Tensor], used: Sequence[int], num_tokens: int) -> Tensor:
+def _stack_buffers(parts: Sequence[Tensor], used: Sequence[int], num_tokens: int) -> Tensor:
     """Buffers [B, K, ., D] with their used places, as one [sum of B, K, num_tokens, D]."""
-    joined = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], num_tokens, parts[0].shape[3])
+    stacked = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], num_tokens, parts[0].shape[3])
     first = 0
     for part, stop in zip(parts, used, strict=True):
-        joined[first : first + len(part), :, :stop] = part[:, :, :stop]
+        stacked[first : first + len(part), :, :stop] = part[:, :, :stop]
         first += len(part)
-    return joined
+    return stacked
 
 
 class PastStates:
@@ -104,21 +104,22 @@ class PastStates:
         return buffers[0][: len(key), :, :stop], buffers[1][: len(value), :, :stop]
 
     @classmethod
-    def join(cls, parts: Sequence["PastStates"], num_tokens: int) -> "PastStates":
+    def stack(cls, parts: Sequence["PastStates"], num_tokens: int) -> "PastStates":
         """The branches of all parts, one part after the other, each of which is emptied; shorter ones are padded with zeros.
 
         Args:
-            num_tokens: Places of the joined states, at least as many as any part uses.
+            num_tokens: Places of the stacked states, at least as many as any part uses.
         """
-        joined = cls(num_tokens)
+        stacked = cls(num_tokens)
         for layer in list(parts[0]._buffers):
             used = [part._num_used.pop(layer) for part in parts]
             own = [part._buffers.pop(layer) for part in parts]
-            joined._num_used[layer] = max(used)
-            joined._buffers[layer] = _join_buffers([key for key, _ in own], used, num_tokens), _join_buffers(
-                [value for _, value in own], used, num_tokens
+            stacked._num_used[layer] = max(used)
+            stacked._buffers[layer] = (
+                _stack_buffers([key for key, _ in own], used, num_tokens),
+                _stack_buffers([value for _, value in own], used, num_tokens),
             )
-        return joined
+        return stacked
 
     def keep(self, lines: Sequence[int]) -> list[int]:
         """Forget all branches but `lines`; the last of these take the places of those that leave.

@@ -3,7 +3,7 @@
 A label's score is the sum of the log-probabilities of all its tokens and the terminator. The labels of a query form a trie
 (`label_trie`): the query is computed once and each shared beginning of labels once. Queries of all lengths stand in one row
 without padding (`branching`). Cost: query and trie tokens through the model, with attention to the prefix; memory is bounded
-by `max_batch_tokens`.
+by `max_batch_tokens`. Queries of all batches are written together, in as much as an eighth of the free memory, at most 1 GiB.
 """
 
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def _generate_group(
     own_places = num_places if len(group) == 1 else 0  # Those of several are copied.
     read = [_read_queries(model, prefix, [queries[index] for index in batch], own_places) for batch in group]
     tokens = np.concatenate([own for _, own in read])
-    past = read[0][0] if len(read) == 1 else PastStates.join([own for own, _ in read], num_places)
+    past = read[0][0] if len(read) == 1 else PastStates.stack([own for own, _ in read], num_places)
     del read
     seen = np.arange(lengths.max()) < lengths[:, None]
     answers: list[list[int]] = [[] for _ in lengths]

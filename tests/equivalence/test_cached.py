@@ -213,7 +213,7 @@ def test_answers_are_those_of_transformers_generate(tiny_model, encoder, archite
     terminator_id = greedy(reference, fronts[1], -1, 12)[6]
     expected = [greedy(reference, front, terminator_id, 12) for front in fronts]
     assert len(expected[1]) < 12
-    for max_batch_tokens in (None, 1):
+    for max_batch_tokens in (None, 1, max(map(len, queries))):  # All read at once; one by one; some at once, written together.
         answers = generate_answers(
             model, prefix, queries, terminator_id=terminator_id, max_new_tokens=12, max_batch_tokens=max_batch_tokens
         )

@@ -137,10 +137,11 @@ def slope_lines(claim: dict[str, Any] | None) -> list[str]:
 
 
 def overtaking_lines(found: list[dict[str, Any]]) -> list[str]:
-    """Ours and dedicated tuning by the number of examples that both are given."""
-    lines = ["| task | examples | ours | dedicated |", "|---|---:|---:|---:|"]
+    """Ours and dedicated tuning by the number of examples; ours holds those of them that its context has room for."""
+    lines = ["| task | examples | of them in our context | ours | dedicated |", "|---|---:|---:|---:|---:|"]
     rows = [
-        f"| {point['task']} | {point['examples']} | {points(point['ours'])} | {points(point['dedicated'])} |"
+        f"| {point['task']} | {point['examples']} | {point['our_demonstrations']} | "
+        f"{points(point['ours'])} | {points(point['dedicated'])} |"
         for point in found
         if point["ours"]
     ]
@@ -153,14 +154,15 @@ def budget_lines(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
         "| method | tokens | answers that are targets | seconds of training | at its best shots | at max |",
         "|---|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for method, snapshots in curves.items():
-        lines += [
+        rows += [
             f"| {method} | {one['tokens']:,} | {one['target_answers']:,} | {one['seconds']:.0f} | "
             f"{points(one['at_best_shots'])} | {points(one['at_max'])} |"
             for one in snapshots
             if one["at_max"]
         ]
-    return lines
+    return [*lines, *rows] if rows else ["Not evaluated yet."]
 
 
 def seed_lines(spread: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -186,7 +188,7 @@ def family_lines(claim: dict[str, Any] | None) -> list[str]:
 
 
 def robustness_lines(results: StudyResults) -> list[str]:
-    """Mean score over the tasks of the suite by what was done to the demonstrations, final weights."""
+    """Headline of the tasks named for it by what was done to the demonstrations, final weights."""
     settings = results.recipe["robustness"]
     names = {method["model"]: name for name, method in results.claims["methods"].items() if name in settings["methods"]}
     found: dict[str, dict[str, dict[str, list[EvaluationRecord]]]] = {}
@@ -195,13 +197,15 @@ def robustness_lines(results: StudyResults) -> list[str]:
             by_task = found.setdefault(record.condition, {}).setdefault(names[record.model], {})
             by_task.setdefault(record.task, []).append(record)
     whole = [all(set(by_task) == {*settings["tasks"]} for by_task in by_method.values()) for by_method in found.values()]
-    if not found or not all(whole) or any(set(by_method) != set(names.values()) for by_method in found.values()):
+    methods = {*settings["methods"]}
+    if not found or not all(whole) or any(set(by_method) != methods for by_method in found.values()):
         return ["Not evaluated for all yet."]
     lines = [f"| demonstrations | {' | '.join(names.values())} |", "|---|" + "---:|" * len(names)]
     for condition, by_method in found.items():
         values = [estimate({task: [Term(1.0, own)] for task, own in by_method[name].items()}) for name in names.values()]
         lines.append(f"| {condition} | {' | '.join(points(value.as_json()) for value in values)} |")
-    return [f"Mean over {', '.join(settings['tasks'])}, {settings['num_shots']} demonstrations.", "", *lines]
+    start = f"Mean over families of {', '.join(settings['tasks'])}; {settings['num_shots']} demonstrations, under `context`"
+    return [f"{start} all that fit in so many tokens.", "", *lines]
 
 
 def progress_line(results: StudyResults) -> str:

@@ -1,0 +1,87 @@
+"""The sections of a study's page, on results of a study that never was."""
+
+from typing import Any
+
+import pytest
+
+from manyicl.results.contrasts import Term, estimate
+from manyicl.results.files import StudyResults
+from report_fixtures import study_results
+from test_results import load_benchmark
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    return load_benchmark("study_page")
+
+
+@pytest.fixture(scope="module")
+def results() -> StudyResults:
+    return study_results()
+
+
+def test_overtaking_says_how_many_examples_ours_holds(page: Any, results: StudyResults) -> None:
+    rows = page.overtaking_lines(results.claims["overtaking"])[2:]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        [f"| {point['task']}", str(point["examples"]), str(point["our_demonstrations"])]
+        for point in results.claims["overtaking"]
+        if point["ours"]
+    ]
+    assert rows[-1].startswith("| sick | all | 48 | ")
+    assert page.overtaking_lines([]) == ["Not evaluated yet."]
+
+
+def test_budgets_hold_every_snapshot_that_was_evaluated(page: Any, results: StudyResults) -> None:
+    rows = page.budget_lines(results.claims["budget_curves"])[2:]
+    curve = results.claims["budget_curves"]["all_answers"]
+    assert [row.split(" | ")[1] for row in rows if row.startswith("| all_answers ")] == ["50,000", "100,000", "150,000"]
+    assert rows[-1].endswith(f"| {page.points(curve[-1]['at_best_shots'])} | {page.points(curve[-1]['at_max'])} |")
+    assert page.budget_lines({}) == ["Not evaluated yet."]
+
+
+def test_seeds_stand_side_by_side(page: Any, results: StudyResults) -> None:
+    rows = page.seed_lines(results.claims["training_seeds"])[2:]
+    found = results.claims["training_seeds"]["all_answers"]
+    zero, most = (", ".join(f"{value:.1f}" for value in found[count].values()) for count in ("0", "max"))
+    assert f"| all_answers | {zero} | {most} |" in rows
+    assert len(zero.split(", ")) == 2
+    assert page.seed_lines({}) == ["Not evaluated yet."]
+
+
+def test_the_family_left_out_is_named_with_its_verdict(page: Any, results: StudyResults) -> None:
+    claim = results.claims["family"]
+    (line,) = page.family_lines(claim)
+    assert line.startswith(
+        f"Trained without any nli task, ours less few_shot_5 at max: {page.points(claim['at_max'])} ({claim['verdict']}); "
+    )
+    assert line.endswith(f"rte {page.points(claim['by_task']['rte'])}.")
+    assert page.family_lines(None) == ["Not evaluated yet."]
+
+
+def test_altered_demonstrations_are_shown_when_all_are_there(page: Any, results: StudyResults) -> None:
+    settings = {"tasks": ["sick", "trec"], "methods": ["in_context", "all_answers"], "num_shots": 16}
+    asked = results.model_copy(update={"recipe": results.recipe | {"robustness": settings}})
+    lines = page.robustness_lines(asked)
+    assert lines[0] == "Mean over families of sick, trec; 16 demonstrations, under `context` all that fit in so many tokens."
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in lines[4:]}
+    own = [record for record in results.records if (record.condition, record.model) == ("flipped:0.5", "all_answers/seed-0")]
+    by_task = {task: [Term(1.0, [record for record in own if record.task == task])] for task in ("sick", "trec")}
+    assert rows["flipped:0.5"].endswith(f"| {page.points(estimate(by_task).as_json())} |")
+    assert list(rows)[-1] == "context:4096"
+    for change in ({"tasks": ["sick", "trec", "spam"]}, {"methods": ["in_context", "all_answers", "few_shot_5"]}):
+        more = results.model_copy(update={"recipe": results.recipe | {"robustness": settings | change}})
+        assert page.robustness_lines(more) == ["Not evaluated for all yet."]
+
+
+def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any, results: StudyResults) -> None:
+    second = {
+        "claims": results.claims["claims"],
+        "methods": results.claims["methods"],
+        "calibrated_validation": {"all_answers": {"0": 1.0, "16": 99.25}},
+    }
+    lines = page.second_reading_lines(results.claims | {"second_reading": second})
+    plain = results.claims["methods"]["all_answers"]["validation"]
+    best = max(plain, key=lambda count: plain[count])
+    (row,) = [line for line in lines if line.startswith("| all_answers | ")]
+    assert row.startswith(f"| all_answers | {plain[best]:.1f} at {best} | 99.2 at 16 | ")
+    assert page.second_reading_lines({"second_reading": None}) == ["Not evaluated yet."]

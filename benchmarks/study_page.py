@@ -20,6 +20,10 @@ TITLES = {
     "study": "The study: every method with the same budget",
     "study-first": "The study's first reading: 60 queries a task",
 }
+BESIDE = {
+    "study": "The first reading, 60 queries a task with weights from another processor, is kept: [study-first](study-first.md).",
+    "study-first": "The recipe asks for 100 queries since 27 November 2026; what it gives then is [the study](study.md).",
+}
 CLAIMS = {
     "beats_few_shot": "beats few-shot fine-tuning",
     "beats_zero_shot": "beats zero-shot fine-tuning",
@@ -264,6 +268,7 @@ def page(results: StudyResults, name: str, recipe_path: str) -> str:
         "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
         f"interval of a bootstrap over tasks, queries and orders. {'Shots and rates' if several else 'Shots'} are chosen on validation tasks.",
         *missing_line(results),
+        *([BESIDE[name]] if name in BESIDE else []),
         "",
     ]
     for title, body in sections(results):

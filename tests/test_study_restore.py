@@ -150,6 +150,34 @@ def test_a_restored_study_ends_as_one_that_was_not_interrupted(make, monkeypatch
     assert untimed(folder.gather()) == untimed(open_folder(recipe).gather())
 
 
+def test_a_training_that_ends_in_other_weights_has_its_cells_done_again(make, monkeypatch):
+    """As on another processor: here the published hash of the weights is another."""
+    study = FAST | {"methods": ["all_answers", "classic"], "num_snapshots": 1}
+    recipe = make(**study)
+    work(recipe)
+    results = Path(recipe.output) / "results"
+    write_results(open_folder(recipe).gather(), results)
+    more = make("more", **study, calibrated=True)
+    folder = open_folder(more)
+    restore_folder(folder, results)
+    assert folder.status("train/all_answers/seed-0") == "open"
+    cells = results / "cells.json"
+    (weights,) = open_folder(recipe).read("train/all_answers/seed-0").facts["weights"].values()
+    assert weights in cells.read_text()
+    calls = count_calls(monkeypatch, Study, "run")
+    work(more)
+    done = [cell.name for _, cell in calls]
+    assert {name.partition("/")[0] for name in done} == {"train", "calibrated"}
+    cells.write_text(cells.read_text().replace(weights, "0" * 64), encoding="utf-8")
+    other = make("other", **study, calibrated=True)
+    restore_folder(open_folder(other), results)
+    calls.clear()
+    work(other)
+    again = {cell.name for _, cell in calls} - set(done)
+    assert again == {cell.name for cell in open_folder(recipe).cells if "train/all_answers/seed-0" in cell.needs}
+    assert untimed(open_folder(other).gather())[:-1] == untimed(open_folder(more).gather())[:-1]
+
+
 def test_what_cannot_be_restored_is_refused(make, tmp_path):
     study = FAST | {"methods": ["in_context", "classic"]}
     recipe = make(**study, dtype="float32")

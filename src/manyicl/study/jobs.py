@@ -3,6 +3,7 @@
 Nothing that is chosen is chosen on held-out tasks: rates and shots are read from cells of validation tasks alone.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from manyicl.encoding import Encoder
 from manyicl.engines.native import NativeEngine
 from manyicl.errors import RecipeError, RecordsError
 from manyicl.evaluation import Plan, evaluate_task, order_demonstrations
+from manyicl.files import hash_file
 from manyicl.forgetting import corpus_loss, read_corpus
 from manyicl.methods import CalibratedInContext, InContext
 from manyicl.modeling import Format, LoadedModel, load_model, load_tokenizer
@@ -160,7 +162,13 @@ class Study:
                     **counts,
                 )
             )
-        return Outcome(models=models, facts={"snapshots": {model.model: model.updates for model in models}})
+        return Outcome(
+            models=models,
+            facts={
+                "snapshots": {model.model: model.updates for model in models},
+                "weights": {model.model: hash_weights(checkpoint_folder(recipe.output, model.updates)) for model in models},
+            },
+        )
 
     def _tune_dedicated(self, cell: Cell) -> Outcome:
         """Tune on one task's examples, and evaluate without demonstrations."""
@@ -343,6 +351,11 @@ class Study:
 def checkpoint_folder(run: str, update: int) -> Path:
     """Where a run's weights after so many updates stand."""
     return Path(run) / "checkpoints" / f"checkpoint-{update}"
+
+
+def hash_weights(folder: Path) -> str:
+    """A hash of the safetensors files in a folder."""
+    return hashlib.sha256("".join(hash_file(path) for path in sorted(folder.glob("*.safetensors"))).encode()).hexdigest()
 
 
 def extended_rate(scores: Mapping[float, float], factor: float) -> float | None:

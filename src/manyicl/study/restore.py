@@ -4,7 +4,8 @@ Cells that were read with fewer queries than the recipe asks for are left open.
 
 Results hold every record and figure but no weights. A training whose weights a cell that is left needs is to be repeated, from
 the same seed and in the same number format: it is left open, with its published figures beside it until it is done again. On
-a like machine it ends in the same weights bit for bit, on another in weights that differ in the last digits.
+a like machine it ends in the same weights bit for bit. On another it ends in weights that differ in the last digits: what
+was found with the published ones is then done again too, so that all figures of a model are of one set of weights.
 """
 
 import shutil

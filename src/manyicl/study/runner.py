@@ -149,6 +149,17 @@ class StudyFolder:
             for name in ("result.json", "records.jsonl"):  # The records last: they tell.
                 (self.folder(cell) / name).unlink(missing_ok=True)
 
+    def empty_cells_of_other_weights(self, training: str, facts: dict[str, Any]) -> None:
+        """Where a repeated training has not ended in the published weights, empty what was found with those."""
+        if not (self.folder(training) / PUBLISHED_FILE).is_file():
+            return
+        if self.read(training, PUBLISHED_FILE).facts.get("weights") == facts["weights"]:
+            return
+        users = [cell.name for cell in self.cells if training in cell.needs and self.status(cell.name) == "done"]
+        logger.warning("%s: not the published weights; done again with these: %s", training, ", ".join(users) or "nothing")
+        for name in users:
+            self.empty(name)
+
     def is_short(self, records: Sequence[EvaluationRecord]) -> bool:
         """Whether records of tasks that choose nothing have fewer queries than the recipe asks for."""
         read = [record for record in records if record.role not in ("validation", "builtin")]
@@ -324,6 +335,7 @@ def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
             harness=outcome.harness,
             facts=outcome.facts,
         )
+        folder.empty_cells_of_other_weights(cell.name, outcome.facts)
         write_text_atomic(folder.folder(cell.name) / "result.json", result.model_dump_json(indent=1) + "\n")
     return True
 

@@ -180,7 +180,12 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
         claim = found["claims"][name]
         assert f"| {words} | {shown(claim['at_best_shots'])} | {shown(claim['at_max'])} |" in readme
     verdicts = {name: found["claims"][name]["verdict"] for name in names}
-    assert verdicts == dict.fromkeys(names, "holds") | {"beats_few_shot": "not shown"}
+    assert verdicts == dict.fromkeys(names, "not shown") | {"beats_base": "holds"}
+    assert all(found["claims"][name][place]["value"] > 0 for name in names for place in ("at_best_shots", "at_max"))
+    first = json.loads((RESULTS / "study-first" / "claims.json").read_text(encoding="utf-8"))
+    assert [name for name in names if first["claims"][name]["verdict"] != "holds"] == ["beats_few_shot"]
+    untuned = [claims["methods"]["in_context"]["held_out"] for claims in (found, first)]
+    assert all(abs(untuned[0][shots]["value"] - untuned[1][shots]["value"]) < 0.5 for shots in untuned[0])
     classic, ours = (found["methods"][name]["held_out"]["max"]["value"] for name in ("classic", "all_answers"))
     assert f"scores {classic:.1f} where ours of this size scores {ours:.1f}" in " ".join(readme.split())
     recipe = yaml.safe_load((RESULTS / "study" / "study.yaml").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from manyicl.planning import show_bytes
 from manyicl.records import read_records
+from manyicl.reporting.html import write_report
 from manyicl.reporting.terminal import markdown_curves
 from manyicl.results.files import read_results
 from manyicl.training_plan import memory
@@ -200,6 +202,14 @@ def test_the_pages_of_studies_are_made_from_their_results(path: Path) -> None:
     recipe = page.partition("Made by `manyicl study ")[2].partition("`")[0]
     assert (ROOT / recipe).is_file()
     assert load_benchmark("study_page").page(read_results(path.parent), name, recipe) == page
+
+
+def test_the_report_of_the_study_is_made_from_its_results(tmp_path: Path) -> None:
+    write_report(RESULTS / "study", tmp_path / "study.html")
+    made, kept = ((folder / "study.html").read_text(encoding="utf-8") for folder in (tmp_path, RESULTS))
+    command = re.compile(r"manyicl report \S+ --output \S+</pre>")
+    assert command.search(kept) is not None
+    assert command.sub("", made) == command.sub("", kept)
 
 
 def test_the_results_of_the_study_can_be_restored(tmp_path: Path) -> None:

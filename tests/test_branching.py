@@ -87,22 +87,25 @@ def test_past_states_are_what_concatenation_gives_whoever_leaves() -> None:
     assert lines == [2]
 
 
-def test_stacked_past_states_hold_those_of_each_and_zeros() -> None:
+def test_joined_past_states_hold_what_each_branch_sees_in_order() -> None:
     draw = torch.Generator().manual_seed(0)
-    parts, states = (
-        [PastStates(0), PastStates(0)],
-        [torch.randn(2, 1, 3, 4, generator=draw), torch.randn(1, 1, 2, 4, generator=draw)],
-    )
+    states = [torch.randn(3, 1, 3, 4, generator=draw), torch.randn(1, 1, 2, 4, generator=draw)]
+    parts = [PastStates(0), PastStates(0)]
     for part, own in zip(parts, states, strict=True):
         for layer in (0, 1):
             part.append(layer, own + layer, -own)
-    stacked = PastStates.stack(parts, 5)
+    seen = [np.array([[True, True, True], [False, True, True]]), np.array([[True, False]])]  # The third branch has left.
+    joined, seen_then = PastStates.join(list(zip(parts, seen, strict=True)), 4)
+    assert seen_then.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
     new = torch.randn(3, 1, 1, 4, generator=draw)
     for layer in (0, 1):
-        key, value = stacked.append(layer, new, -new)
-        gap = torch.zeros(1, 1, 1, 4)
-        assert torch.equal(key, torch.cat([torch.cat([states[0] + layer, torch.cat([states[1] + layer, gap], 2)]), new], 2))
-        assert torch.equal(value, torch.cat([torch.cat([-states[0], torch.cat([-states[1], gap], 2)]), -new], 2))
+        key, value = joined.append(layer, new, -new)
+        assert key.shape == value.shape == (3, 1, 4, 4)
+        for line, (number, branch, places) in enumerate([(0, 0, [0, 1, 2]), (0, 1, [1, 2]), (1, 0, [0])]):
+            assert torch.equal(key[line, :, : len(places)], states[number][branch][:, places] + layer)
+            assert torch.equal(value[line, :, : len(places)], -states[number][branch][:, places])
+            assert torch.equal(key[line, :, 3:], new[line])
+        assert torch.cat([key, value]).isfinite().all()  # As what is masked is multiplied by zero, not left out.
 
 
 def test_batches_are_written_together_within_every_limit(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,14 +64,25 @@ def _make_places(states: Tensor, num_tokens: int) -> Tensor:
     return states.new_empty(*states.shape[:2], num_tokens, states.shape[3])
 
 
-def _stack_buffers(parts: Sequence[Tensor], used: Sequence[int], num_tokens: int) -> Tensor:
-    """Buffers [B, K, ., D] with their used places, as one [sum of B, K, num_tokens, D]."""
-    stacked = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], num_tokens, parts[0].shape[3])
-    first = 0
-    for part, stop in zip(parts, used, strict=True):
-        stacked[first : first + len(part), :, :stop] = part[:, :, :stop]
-        first += len(part)
-    return stacked
+def _places_of(seen: BoolArray, width: int) -> IntArray:
+    """The places that each line sees, in order, [B, width]; the rest names place 0."""
+    places = np.zeros((len(seen), width), dtype=np.int64)
+    for line, own in enumerate(seen):
+        found = np.flatnonzero(own)
+        places[line, : len(found)] = found
+    return places
+
+
+def _join_buffers(buffers: Sequence[Tensor], indices: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """The places `indices` [B, 1, P, 1] of each buffer's first B branches, as one buffer [sum of B, K, num_tokens, D]."""
+    _, num_heads, _, head_size = buffers[0].shape
+    room = buffers[0].new_empty(sum(map(len, indices)), num_heads, num_tokens, head_size)
+    line = 0
+    for buffer, index in zip(buffers, indices, strict=True):
+        stop = line + len(index)
+        room[line:stop, :, : index.shape[2]] = torch.take_along_dim(buffer[: len(index)], index.to(buffer.device), dim=2)
+        line = stop
+    return room
 
 
 class PastStates:
@@ -104,22 +115,30 @@ class PastStates:
         return buffers[0][: len(key), :, :stop], buffers[1][: len(value), :, :stop]
 
     @classmethod
-    def stack(cls, parts: Sequence["PastStates"], num_tokens: int) -> "PastStates":
-        """The branches of all parts, one part after the other, each of which is emptied; shorter ones are padded with zeros.
+    def join(cls, parts: Sequence[tuple["PastStates", BoolArray]], num_free: int) -> tuple["PastStates", BoolArray]:
+        """The branches of all parts, one part after the other; each part is emptied, and what no branch sees is dropped.
 
         Args:
-            num_tokens: Places of the stacked states, at least as many as any part uses.
+            parts: States, with the places of theirs that each branch sees, [B, P].
+            num_free: Places for later tokens, beside those of the longest branch.
+
+        Returns:
+            The states, each branch's places to the left, and which of them it sees; the others hold the state of another place.
         """
-        stacked = cls(num_tokens)
-        for layer in list(parts[0]._buffers):
-            used = [part._num_used.pop(layer) for part in parts]
-            own = [part._buffers.pop(layer) for part in parts]
-            stacked._num_used[layer] = max(used)
-            stacked._buffers[layer] = (
-                _stack_buffers([key for key, _ in own], used, num_tokens),
-                _stack_buffers([value for _, value in own], used, num_tokens),
+        counts = np.concatenate([seen.sum(axis=1) for _, seen in parts])
+        longest = int(counts.max())
+        joined = cls(longest + num_free)
+        indices = [torch.from_numpy(_places_of(seen, longest))[:, None, :, None] for _, seen in parts]
+        for layer in list(parts[0][0]._buffers):
+            own = [part._buffers.pop(layer) for part, _ in parts]
+            joined._num_used[layer] = longest
+            joined._buffers[layer] = (
+                _join_buffers([key for key, _ in own], indices, longest + num_free),
+                _join_buffers([value for _, value in own], indices, longest + num_free),
             )
-        return stacked
+        for part, _ in parts:
+            part._num_used.clear()
+        return joined, np.arange(longest) < counts[:, None]
 
     def keep(self, lines: Sequence[int]) -> list[int]:
         """Forget all branches but `lines`; the last of these take the places of those that leave.

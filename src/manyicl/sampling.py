@@ -31,7 +31,6 @@ from manyicl.branching import (
     BoolArray,
     Branch,
     FlatRow,
-    IntArray,
     PastStates,
     check_positions,
     flatten_branches,
@@ -63,46 +62,6 @@ class SampledToken:
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
-class StreamStates(PastStates):
-    """Past states that further queries can join."""
-
-    def join(self, seen: BoolArray, other: "StreamStates", other_seen: BoolArray) -> BoolArray:
-        """Append the lines of `other`; what no line sees any more is dropped on the way.
-
-        Args:
-            seen: Which places each line sees, [B, P].
-
-        Returns:
-            The same for all lines after the move, which puts every line's places to the left.
-        """
-        counts = np.concatenate([seen.sum(axis=1), other_seen.sum(axis=1)])
-        longest = int(counts.max())
-        for layer, theirs in other._buffers.items():
-            sources = [(theirs, other_seen)] if not len(seen) else [(self._buffers[layer], seen), (theirs, other_seen)]
-            joined = []
-            for kind in (0, 1):
-                first = theirs[kind]
-                room = first.new_empty(len(counts), first.shape[1], longest + FREE_PLACES, first.shape[3])
-                line = 0
-                for states, mask in sources:
-                    index = torch.from_numpy(_places_of(mask, longest)).to(first.device)[:, None, :, None]
-                    room[line : line + len(mask), :, :longest] = torch.take_along_dim(states[kind][: len(mask)], index, dim=2)
-                    line += len(mask)
-                joined.append(room)
-            self._buffers[layer] = (joined[0], joined[1])
-            self._num_used[layer] = longest
-        return np.arange(longest) < counts[:, None]
-
-
-def _places_of(seen: BoolArray, width: int) -> IntArray:
-    """The places that each line sees, in order, [B, width]; the rest names place 0."""
-    places = np.zeros((len(seen), width), dtype=np.int64)
-    for line, own in enumerate(seen):
-        found = np.flatnonzero(own)
-        places[line, : len(found)] = found
-    return places
-
-
 @dataclass
 class _Stream(Generic[Name]):
     name: Name
@@ -127,7 +86,7 @@ class TokenStreams(Generic[Name]):
         self._joining: dict[Name, _Stream[Name]] = {}
         self._lines: list[_Stream[Name]] = []
         self._leaving: set[Name] = set()
-        self._states = StreamStates(FREE_PLACES)
+        self._states = PastStates(FREE_PLACES)
         self._seen: BoolArray = np.zeros((0, 0), dtype=bool)
         use_shared_prefix_attention(model)
 
@@ -179,7 +138,7 @@ class TokenStreams(Generic[Name]):
         going = [line for line, stream in enumerate(self._lines) if stream.name not in self._leaving]
         self._leaving = set()
         if not going:
-            self._lines, self._seen, self._states = [], np.zeros((0, 0), dtype=bool), StreamStates(FREE_PLACES)
+            self._lines, self._seen, self._states = [], np.zeros((0, 0), dtype=bool), PastStates(FREE_PLACES)
             return
         kept = self._states.keep(going)
         self._lines, self._seen = [self._lines[line] for line in kept], self._seen[kept]
@@ -201,11 +160,13 @@ class TokenStreams(Generic[Name]):
     def _begin(self, streams: list[_Stream[Name]]) -> dict[Name, SampledToken]:
         """Compute queries and their first tokens, and join them to the others."""
         lengths = np.array([len(stream.query) for stream in streams])
-        states = StreamStates(int(lengths.max()))
+        states = PastStates(int(lengths.max()))
         branches = [query_branch(stream.query) for stream in streams]
         row = flatten_branches(branches, self._prefix, self._model.device, past=states)
         found = self._draw(row, branches, streams)
-        self._seen = self._states.join(self._seen, states, np.arange(lengths.max()) < lengths[:, None])
+        joining = [(states, np.arange(lengths.max()) < lengths[:, None])]
+        others = [(self._states, self._seen)] if self._lines else []
+        self._states, self._seen = PastStates.join([*others, *joining], FREE_PLACES)
         self._lines += streams
         return found
 

@@ -121,9 +121,12 @@ def _generate_group(
     own_places = num_places if len(group) == 1 else 0  # Those of several are copied.
     read = [_read_queries(model, prefix, [queries[index] for index in batch], own_places) for batch in group]
     tokens = np.concatenate([own for _, own in read])
-    past = read[0][0] if len(read) == 1 else PastStates.stack([own for own, _ in read], num_places)
-    del read
     seen = np.arange(lengths.max()) < lengths[:, None]
+    past = read[0][0]
+    if len(read) > 1:
+        own_lines = np.split(seen, np.cumsum([len(batch) for batch in group])[:-1])
+        past, seen = PastStates.join([(own, lines) for (own, _), lines in zip(read, own_lines, strict=True)], max_new_tokens)
+    del read
     answers: list[list[int]] = [[] for _ in lengths]
     active = np.arange(len(lengths))
     for step in range(max_new_tokens):

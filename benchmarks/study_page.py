@@ -11,10 +11,11 @@ from typing import Any
 from manyicl.files import write_text_atomic
 from manyicl.records import EvaluationRecord
 from manyicl.results.calibrated import CALIBRATED
-from manyicl.results.claims import FEW_SHOT, make_claims
+from manyicl.results.claims import make_claims
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import StudyResults, read_results, write_results
 from manyicl.results.forgetting_card import CHAT
+from manyicl.results.readings import FEW_SHOT
 
 TITLES = {
     "study": "The study: every method with the same budget",
@@ -180,6 +181,28 @@ def seed_lines(spread: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
+def cause_lines(causes: dict[str, Any]) -> list[str]:
+    """Ours less each other method by training seed and by budget, and what the choice of shots costs."""
+    lines: list[str] = []
+    if causes["by_seed"]:
+        lines += ["| ours less | shots | by training seed | mean over seeds | verdict |", "|---|---|---|---:|---|"]
+        for other, by_shots in causes["by_seed"].items():
+            for shots, one in by_shots.items():
+                seeds = ", ".join(f"{own['value']:.1f}" for own in one["by_seed"].values())
+                lines.append(f"| {other} | {shots} | {seeds} | {points(one['mean'])} | {one['verdict']} |")
+        lines.append("")
+    if causes["by_budget"]:
+        lines += ["| ours less | tokens | at its best shots | at max |", "|---|---:|---:|---:|"]
+        for other, rows in causes["by_budget"].items():
+            lines += [
+                f"| {other} | {row['tokens']:,} | {points(row['at_best_shots'])} | {points(row['at_max'])} |" for row in rows
+            ]
+        lines += ["", "By budget, with the first order of demonstrations alone, which is the one that snapshots have.", ""]
+    lines += ["| method | shots chosen | best on held-out tasks | points lost by the choice |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {one['chosen']} | {one['highest']} | {one['cost']:.1f} |" for name, one in causes["choice"].items()]
+    return [*lines, "", "Held-out tasks choose nothing: the last table says what nobody may take."]
+
+
 def family_lines(claim: dict[str, Any] | None) -> list[str]:
     """Ours less few-shot tuning where a whole family was left out of the training."""
     if not claim:
@@ -238,6 +261,7 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
         ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
         ("Equal answers, equal seconds", budget_lines(found["budget_curves"]), recipe["num_snapshots"] > 1),
         ("Training seeds", seed_lines(found["training_seeds"]), recipe["training_seeds"]),
+        ("Behind the claims", cause_lines(found["causes"]), len(recipe["shots"]) > 1),
         ("A family left out", family_lines(found["family"]), recipe["held_out_family"]),
         ("Altered demonstrations", robustness_lines(results), recipe["robustness"]["tasks"]),
         ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),

@@ -12,8 +12,9 @@ from manyicl.reporting.findings import Findings
 from manyicl.reporting.html import render_report, sections
 from manyicl.reporting.tables import show_estimate, show_number
 from manyicl.results.calibrated import CALIBRATED
-from manyicl.results.claims import OURS, make_claims
+from manyicl.results.claims import make_claims
 from manyicl.results.files import StudyResults
+from manyicl.results.readings import OURS
 from report_fixtures import EVIL, METHODS, SHOTS, TASKS, Page, make_record, model_of, study_results
 
 
@@ -278,6 +279,24 @@ def test_overtaking_seeds_and_family_are_those_of_the_claims(results: StudyResul
     assert seeds["zero-shot tuning", "max", "1"] == results.claims["training_seeds"]["zero_shot"]["max"]["1"]
     assert {row[1]: float(row[2]) for row in page.csv("left-out-family")[1:]}["mean"] == results.claims["family"]["at_max"][
         "value"
+    ]
+
+
+def test_what_stands_behind_the_claims_is_that_of_the_claims(results: StudyResults) -> None:
+    page, causes = Page(render_report(results)), results.claims["causes"]
+    seeds = causes["by_seed"]["zero_shot"]["max"]
+    rows = [row for row in page.csv("causes-seeds")[1:] if row[:2] == ["zero-shot tuning", "max"]]
+    assert [(row[2], float(row[3])) for row in rows] == [
+        *((seed, one["value"]) for seed, one in seeds["by_seed"].items()),
+        ("mean", seeds["mean"]["value"]),
+    ]
+    assert rows[-1][-1] == seeds["verdict"]
+    budgets = [row for row in page.csv("causes-budget")[1:] if row[0] == "few-shot tuning (5)" and row[2] == "max"]
+    assert [(int(row[1]), float(row[3])) for row in budgets] == [
+        (row["tokens"], row["at_max"]["value"]) for row in causes["by_budget"]["few_shot_5"]
+    ]
+    assert {row[0]: float(row[3]) for row in page.csv("causes-choice")[1:]}["zero-shot tuning"] == causes["choice"]["zero_shot"][
+        "cost"
     ]
 
 

@@ -199,6 +199,56 @@ def calibrated(records, right_by_shots):
     ]
 
 
+def test_differences_are_paired_by_seed_and_by_snapshot(results):
+    """A difference of 40 points with the first seed and 20 with the second; of 10 and 40 points from snapshot to snapshot."""
+    added, models = [], list(results.models)
+    for method, right, early in (("all_answers", 8, 5), ("few_shot_5", 6, 8)):
+        by_role = {"validation": dict.fromkeys(SHOTS, 5), "held_out": dict.fromkeys(SHOTS, right)}
+        added += grid(f"{method}/seed-1", method, by_role)
+        models.append(facts(method, model=f"{method}/seed-1", training_seed=1))
+        by_role = {"validation": dict.fromkeys(SHOTS, 5), "held_out": dict.fromkeys(SHOTS, early)}
+        added += grid(f"{method}/seed-0/1of2", method, by_role, seeds=1)  # One order of demonstrations.
+        models.append(facts(method, model=f"{method}/seed-0/1of2", is_final=False, updates=5, tokens=500))
+    records = [*results.records, *added]
+    causes = make_claims(results.model_copy(update={"records": records, "models": models}))["causes"]
+    assert set(causes["by_seed"]) == {"few_shot_5"}  # The other variant has one seed.
+    at_zero, at_max = causes["by_seed"]["few_shot_5"]["0"], causes["by_seed"]["few_shot_5"]["max"]
+    assert {seed: one["value"] for seed, one in at_zero["by_seed"].items()} == {"0": -10.0, "1": 20.0}
+    assert (at_zero["mean"]["value"], at_zero["mean"]["low"] < 5.0 < at_zero["mean"]["high"]) == (5.0, True)
+    assert {seed: one["value"] for seed, one in at_max["by_seed"].items()} == {"0": 0.0, "1": 20.0}
+    assert at_max["verdict"] == ("holds" if at_max["mean"]["low"] > 0 else "not shown")
+    assert set(causes["by_budget"]) == {"few_shot_5"}
+    rows = causes["by_budget"]["few_shot_5"]
+    assert [(row["tokens"], row["at_best_shots"]["value"], row["at_max"]["value"]) for row in rows] == [
+        (500, -30.0, -30.0),
+        (1000, 30.0, 0.0),  # Ours at 4 shots (80), the other at 0 (50); both 90 at max.
+    ]
+
+
+def test_curves_by_budget_are_read_with_the_orders_that_all_snapshots_have(results):
+    """The whole budget is worse with its second order, which the earlier snapshot does not have."""
+    records = [record for record in results.records if record.model != "all_answers/seed-0"]
+    models = list(results.models)
+    for model, seeds in (("all_answers/seed-0", (9, 1)), ("all_answers/seed-0/1of2", (9,))):
+        for seed, right in enumerate(seeds):
+            by_role = {"validation": {0: 5, 4: 9, "max": 8}, "held_out": dict.fromkeys(SHOTS, right)}
+            own = grid(model, "all_answers", by_role)
+            records += [record for record in own if record.seed == seed]
+    records += grid("few_shot_5/seed-0/1of2", "few_shot_5", {"held_out": dict.fromkeys(SHOTS, 5)}, seeds=1)
+    for method in ("all_answers", "few_shot_5"):
+        models.append(facts(method, model=f"{method}/seed-0/1of2", is_final=False, updates=5, tokens=500))
+    claims = make_claims(results.model_copy(update={"records": records, "models": models}))
+    rows = claims["causes"]["by_budget"]["few_shot_5"]
+    assert [row["at_max"]["value"] for row in rows] == [40.0, 0.0]
+    assert claims["claims"]["beats_few_shot"]["at_max"]["value"] == -40.0
+
+
+def test_the_choice_of_shots_costs_what_lies_between_it_and_the_best(results):
+    choice = make_claims(results)["causes"]["choice"]
+    assert choice["all_answers"] == {"chosen": "4", "highest": "max", "cost": 10.0}
+    assert choice["few_shot_5"] == {"chosen": "0", "highest": "max", "cost": 40.0}
+
+
 def test_the_second_reading_calibrates_each_method_where_validation_tasks_want_it(results):
     better = {"validation": {0: 6, 4: 8, "max": 10}, "held_out": {0: 1, 4: 2, "max": 3}}
     worse = {"validation": {0: 6, 4: 5, "max": 5}, "held_out": {0: 10, 4: 10, "max": 10}}

@@ -17,7 +17,7 @@ import yaml
 from manyicl.errors import RecipeError
 from manyicl.records import read_records
 from manyicl.results.files import read_results, write_results
-from manyicl.study.cells import list_cells
+from manyicl.study.cells import Cell, list_cells, select_cells
 from manyicl.study.jobs import Study, count_examples, count_updates, extended_rate
 from manyicl.study.recipe import METHODS, load_study_recipe
 from manyicl.study.runner import run_study, work
@@ -82,7 +82,7 @@ def test_held_out_tasks_choose_nothing(make):
 def test_a_stopped_study_goes_on_and_does_nothing_twice(make, monkeypatch):
     recipe = make(**FAST)
     calls = count_calls(monkeypatch, Study, "run")
-    work(recipe, kinds=["rate"])
+    work(recipe, only=["rate"])
     done = [cell.name for _, cell in calls]
     assert done == [name for name, status in statuses(open_folder(recipe)).items() if status == "done"]
     assert {name.partition("/")[0] for name in done} == {"rate"}
@@ -112,7 +112,7 @@ def test_scores_of_the_harness_are_gathered(make, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "manyicl.lm_eval_adapter", SimpleNamespace(evaluate_harness_tasks=evaluate))
     recipe = make(**HARNESS)
-    work(recipe, kinds=["harness"])
+    work(recipe, only=["harness"])
     write_results(open_folder(recipe).gather(), Path(recipe.output) / "results")
     found = read_results(Path(recipe.output) / "results").harness
     assert [facts.model_dump() for facts in found] == [
@@ -176,13 +176,13 @@ def test_two_processes_share_a_folder_and_do_no_cell_twice(make, monkeypatch):
     holder = subprocess.Popen([sys.executable, "-c", code, str(folder.folder(taken) / "lock")], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     try:
-        work(recipe, kinds=["rate"], deadline=time.time() + 3)
+        work(recipe, only=["rate"], deadline=time.time() + 3)
         assert taken not in [cell.name for _, cell in calls]
         assert "rate/all_answers/0.001" in [cell.name for _, cell in calls]
     finally:
         holder.kill()
         holder.communicate()
-    work(recipe, kinds=["rate"])
+    work(recipe, only=["rate"])
     assert [cell.name for _, cell in calls].count(taken) == 1
 
 
@@ -248,14 +248,14 @@ def test_results_of_another_recipe_and_changed_examples_are_refused(make, suite_
 
 def test_a_record_that_was_torn_is_made_again_and_nothing_else(make):
     recipe = make(**FAST)
-    work(recipe, kinds=["rate"])
+    work(recipe, only=["rate"])
     folder = open_folder(recipe).folder("rate/all_answers/0.001")
     path = folder / "records.jsonl"
     whole = [record.model_copy(update={"seconds": 0.0, "prefill_seconds": 0.0}) for record in read_records(path)]
     path.write_bytes(path.read_bytes()[:-40])
     (folder / "result.json").unlink()
     stamp = (folder / "run" / "summary.json").stat().st_mtime_ns
-    work(recipe, kinds=["rate"])
+    work(recipe, only=["rate"])
     again = [record.model_copy(update={"seconds": 0.0, "prefill_seconds": 0.0}) for record in read_records(path)]
     assert again == whole
     assert (folder / "run" / "summary.json").stat().st_mtime_ns == stamp
@@ -263,7 +263,7 @@ def test_a_record_that_was_torn_is_made_again_and_nothing_else(make):
 
 def test_a_finished_cell_whose_records_were_cut_is_done_again(make, caplog):
     recipe = make(**FAST)
-    work(recipe, kinds=["rate"])
+    work(recipe, only=["rate"])
     folder = open_folder(recipe)
     cell = "rate/all_answers/0.001"
     path = folder.folder(cell) / "records.jsonl"
@@ -274,7 +274,7 @@ def test_a_finished_cell_whose_records_were_cut_is_done_again(make, caplog):
     assert {name for name, status in statuses(folder).items() if status == "done"} == {
         name for name in statuses(folder) if name.startswith("rate/") and name != cell
     }
-    work(recipe, kinds=["rate"])
+    work(recipe, only=["rate"])
     assert len(folder.records(cell)) == folder.read(cell).num_records == num_records
 
 
@@ -343,6 +343,28 @@ def test_a_winning_edge_is_extended(scores, expected):
     assert extended_rate(scores, 3.0) == (None if expected is None else pytest.approx(expected))
 
 
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        ([], [0, 1, 2, 3, 4]),
+        (["train"], [0, 1]),
+        (["train/*/seed-1", "classic"], [1, 4]),
+        (["evaluate/ours/seed-0"], [2, 3]),
+        (["evaluate/ours/seed"], []),
+        (["evaluate/*/*of3/*"], [3]),
+    ],
+)
+def test_cells_are_chosen_by_pattern(only, expected):
+    names = [
+        "train/ours/seed-0",
+        "train/ours/seed-1",
+        "evaluate/ours/seed-0/sick",
+        "evaluate/ours/seed-0/1of3/sick",
+        "classic/sick",
+    ]
+    assert [names.index(cell.name) for cell in select_cells([Cell(name) for name in names], only)] == expected
+
+
 def test_the_command_shows_the_plan_and_then_does_it(make, tmp_path, run_cli):
     recipe = make(**FAST | {"methods": ["in_context", "classic"]})
     path = tmp_path / "study.yaml"
@@ -351,8 +373,11 @@ def test_the_command_shows_the_plan_and_then_does_it(make, tmp_path, run_cli):
     assert code == 0
     assert "evaluate             2" in output
     assert "4 cells left, 0 done" in output
-    code, output, errors = run_cli("study", path, "--kinds", "evaluation")
-    assert (code, "--kinds names 'evaluation', which is no kind of cell of this study (evaluate, classic)" in errors) == (2, True)
+    code, output, errors = run_cli("study", path, "--only", "evaluate,evaluat")
+    assert code == 2
+    assert "--only names 'evaluat', which is no cell of this study. Names begin with one of: evaluate, classic;" in errors
+    code, output, _ = run_cli("study", path, "--plan", "--only", "*/base/*")
+    assert "2 cells left, 0 done" in output
     code, output, _ = run_cli("study", path)
     assert code == 0
     assert "4 of 4 cells done, 0 failed" in output

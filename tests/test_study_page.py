@@ -48,6 +48,19 @@ def test_seeds_stand_side_by_side(page: Any, results: StudyResults) -> None:
     assert page.seed_lines({}) == ["Not evaluated yet."]
 
 
+def test_causes_stand_by_seed_by_budget_and_by_choice(page: Any, results: StudyResults) -> None:
+    causes = results.claims["causes"]
+    lines = page.cause_lines(causes)
+    seeds = causes["by_seed"]["zero_shot"]["max"]
+    shown = ", ".join(f"{one['value']:.1f}" for one in seeds["by_seed"].values())
+    assert f"| zero_shot | max | {shown} | {page.points(seeds['mean'])} | {seeds['verdict']} |" in lines
+    last = causes["by_budget"]["few_shot_5"][-1]
+    assert f"| few_shot_5 | 150,000 | {page.points(last['at_best_shots'])} | {page.points(last['at_max'])} |" in lines
+    choice = causes["choice"]["zero_shot"]
+    assert f"| zero_shot | {choice['chosen']} | {choice['highest']} | {choice['cost']:.1f} |" in lines
+    assert len(page.cause_lines({"by_seed": {}, "by_budget": {}, "choice": {}})) == 4
+
+
 def test_the_family_left_out_is_named_with_its_verdict(page: Any, results: StudyResults) -> None:
     claim = results.claims["family"]
     (line,) = page.family_lines(claim)

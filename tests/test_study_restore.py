@@ -73,7 +73,7 @@ def test_more_queries_may_be_asked_of_a_study_under_way(make, tmp_path):
 
 def test_a_study_in_use_is_not_given_more_queries(make):
     recipe = make(**FAST | {"methods": ["in_context", "classic"]})
-    work(recipe, kinds=["classic"])
+    work(recipe, only=["classic"])
     before = open_folder(recipe)
     grown = open_folder(make(**FAST | {"methods": ["in_context", "classic"]}, num_queries=recipe.num_queries + 1))
     with before.lock("evaluate/base/speed"), pytest.raises(RecipeError, match="a process is at evaluate/base/speed with the rec"):
@@ -91,7 +91,7 @@ def test_a_study_in_use_is_not_given_more_queries(make):
 
 def test_a_kill_while_cells_are_emptied_leaves_none_with_fewer_queries(make, monkeypatch):
     recipe = make(**FAST | {"methods": ["in_context", "classic"]})
-    work(recipe, kinds=["classic"])
+    work(recipe, only=["classic"])
     grown = make(**FAST | {"methods": ["in_context", "classic"]}, num_queries=recipe.num_queries + 1)
     num_left, unlink = [1], Path.unlink
 
@@ -106,7 +106,7 @@ def test_a_kill_while_cells_are_emptied_leaves_none_with_fewer_queries(make, mon
         patch.setattr(Path, "unlink", unlink_one)
         with pytest.raises(KeyboardInterrupt):
             folder.take_over()
-    work(grown, kinds=["classic"])
+    work(grown, only=["classic"])
     held_out = [record for record in open_folder(grown).gather().records if record.role == "held_out"]
     assert {record.num_queries for record in held_out} == {grown.num_queries}
 
@@ -114,7 +114,7 @@ def test_a_kill_while_cells_are_emptied_leaves_none_with_fewer_queries(make, mon
 def test_a_study_under_way_may_be_given_training_seeds(make):
     study = FAST | {"methods": ["all_answers", "zero_shot", "classic"]}
     recipe = make(**study)
-    work(recipe, kinds=["classic"])
+    work(recipe, only=["classic"])
     more = make(**study | {"training_seeds": {"values": [1], "methods": ["all_answers"]}})
     most = make(**study | {"training_seeds": {"values": [1, 2], "methods": ["zero_shot", "all_answers"]}})
     for grown, methods, seeds in ((more, ("all_answers",), (1,)), (most, ("zero_shot", "all_answers"), (1, 2))):
@@ -136,7 +136,7 @@ def test_a_restored_study_ends_as_one_that_was_not_interrupted(make, monkeypatch
     }
     corpus = {"forgetting": make().forgetting.model_dump()}
     recipe, other = make(**study | corpus), make("other", **study | corpus)
-    work(recipe, kinds=["rate", "train", "forgetting", "classic", "dedicated-rate", "dedicated"])
+    work(recipe, only=["rate", "train", "forgetting", "classic", "dedicated-rate", "dedicated"])
     write_results(open_folder(recipe).gather(), Path(recipe.output) / "results")
     folder = open_folder(other)
     assert restore_folder(folder, Path(recipe.output) / "results") == open_folder(recipe).progress().done
@@ -181,7 +181,7 @@ def test_a_training_that_ends_in_other_weights_has_its_cells_done_again(make, mo
 def test_what_cannot_be_restored_is_refused(make, tmp_path):
     study = FAST | {"methods": ["in_context", "classic"]}
     recipe = make(**study, dtype="float32")
-    work(recipe, kinds=["classic"])
+    work(recipe, only=["classic"])
     results = Path(recipe.output) / "results"
     write_results(open_folder(recipe).gather(), results)
     with pytest.raises(RecipeError, match=r"study: cells were begun here already\. Restore into another output"):
@@ -209,7 +209,7 @@ def test_what_cannot_be_restored_is_refused(make, tmp_path):
 def test_an_interrupted_restore_leaves_nothing(make, monkeypatch):
     study = FAST | {"methods": ["in_context", "classic"]}
     recipe, other = make(**study), make("other", **study)
-    work(recipe, kinds=["classic"])
+    work(recipe, only=["classic"])
     results = Path(recipe.output) / "results"
     write_results(open_folder(recipe).gather(), results)
     folder = open_folder(other)

@@ -185,7 +185,7 @@ def plan(
 def study(
     recipe: Annotated[Path, typer.Argument(help="A study recipe in YAML.")],
     output: Annotated[Optional[str], typer.Option(help="Folder of the study, in place of the recipe's.")] = None,  # noqa: UP045
-    kinds: Annotated[str, typer.Option(help="Only cells of these kinds, comma-separated.")] = "",
+    only: Annotated[str, typer.Option(help="Only these cells, comma-separated: a kind, or names with *.")] = "",
     minutes: Annotated[Optional[float], typer.Option(help="No cell is begun after so many minutes.", min=0)] = None,  # noqa: UP045
     restore: Annotated[Optional[Path], typer.Option(help="Go on from published results, in a new output.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--plan", help="Show the plan and gather what is done; begin no cell.")] = False,
@@ -193,7 +193,7 @@ def study(
     """Compare every method on held-out tasks, cell by cell; what is done is read, not done again."""
     from manyicl.study.command import gather_results, open_study, run_opened
 
-    chosen = [kind for kind in kinds.split(",") if kind]
+    chosen = [pattern for pattern in only.split(",") if pattern]
     folder, plan = open_study(recipe, output, chosen, restore=restore)
     typer.echo(plan)
     if dry_run:

@@ -27,8 +27,8 @@ from manyicl.reporting.findings import (
     shots_axis,
 )
 from manyicl.reporting.tables import Column, Table, count_words, show_estimate, show_number
-from manyicl.results.claims import OURS
 from manyicl.results.contrasts import Term, estimate, task_value, terms_at, worst_order
+from manyicl.results.readings import OURS
 
 SCORE = "score, 0-100"
 SHOTS = "demonstrations (shots), log scale"

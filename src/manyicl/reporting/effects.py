@@ -10,11 +10,11 @@ from manyicl.reporting.curves import SCORE, Figure, difference_figure, interval_
 from manyicl.reporting.findings import BASE_METHOD, DEDICATED, NUM_DRAWS, Findings, in_sentence, method_label, shots_axis
 from manyicl.reporting.tables import Column, Table, Value, join_words, show_estimate, show_interval, show_number
 from manyicl.results.calibrated import CALIBRATED
-from manyicl.results.claims import OURS
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.dedicated import LEAST_GAIN
 from manyicl.results.files import BASE
 from manyicl.results.forgetting_card import CHAT
+from manyicl.results.readings import OURS
 
 
 def forgetting_against_gain(findings: Findings) -> Figure | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from manyicl.records import EvaluationRecord, Shots, shot_order
 from manyicl.reporting.charts import Axis
-from manyicl.results.claims import OURS, ZERO_SHOT, final_models, make_claims
+from manyicl.results.claims import make_claims
 from manyicl.results.contrasts import Cells
 from manyicl.results.files import StudyResults
+from manyicl.results.readings import OURS, ZERO_SHOT, final_models
 
 BASE_METHOD = "in_context"
 DEDICATED = ("dedicated_prefix", "dedicated_full")

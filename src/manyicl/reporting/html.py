@@ -16,7 +16,7 @@ import yaml
 
 from manyicl.errors import UserInputError
 from manyicl.files import write_text_atomic
-from manyicl.reporting import curves, effects
+from manyicl.reporting import causes, curves, effects
 from manyicl.reporting.answers import answer, claims_table, forgetting_sentence, forgetting_table, second_reading_table
 from manyicl.reporting.charts import swatch
 from manyicl.reporting.costs import budget_curves, failures, training_costs, work
@@ -153,6 +153,13 @@ def sections(findings: Findings) -> list[Section]:
             (),
         ),
         ("seeds", "Training seeds", "no method is tuned with several seeds.", [effects.training_seeds(findings)], ()),
+        (
+            "causes",
+            "Behind the claims",
+            "",
+            [causes.differences_by_seed(findings), causes.differences_by_budget(findings), causes.costs_of_choice(findings)],
+            (),
+        ),
         ("family", "A family left out", "this setting is not evaluated.", [effects.left_out_family(findings)], ()),
         (
             "costs",

@@ -7,46 +7,29 @@ validation tasks (see `calibrated`); the first stands beside it. See `contrasts`
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from manyicl.records import EvaluationRecord, Shots, shot_order
+from manyicl.records import EvaluationRecord, Shots
 from manyicl.results.calibrated import CALIBRATED, calibrated_model, with_calibrated
+from manyicl.results.causes import budget_curves, find_causes, spread_over_training_seeds
 from manyicl.results.contrasts import (
     Cells,
     TaskTerms,
     Term,
     estimate,
-    headline_value,
     task_estimate,
     terms_at,
     verdict,
     worst_order,
 )
 from manyicl.results.dedicated import dedicated_claim, overtaking
-from manyicl.results.files import BASE, ModelFacts, StudyResults
+from manyicl.results.files import StudyResults
 from manyicl.results.forgetting_card import forgetting_card
+from manyicl.results.readings import OURS, ZERO_SHOT, Reading, better_few_shot, final_models, read_method
 
-OURS = "all_answers"
-FEW_SHOT = ("few_shot_5", "few_shot_16")
-ZERO_SHOT = "zero_shot"
 AIMS = {"few_shot": 5.0, "zero_shot": 8.0}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a method is read: which weights, and at which shots.
-
-    Attributes:
-        validation: Headline on the validation tasks by shots, in points.
-    """
-
-    method: str
-    model: str
-    best_shots: Shots
-    validation: dict[Shots, float]
 
 
 def make_claims(results: StudyResults) -> dict[str, Any]:
@@ -63,8 +46,9 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
         "more_shots_help": compare_slopes(cells, readings, shots),
         "forgets_less": forgetting_card(results, cells, models),
     }
+    methods = {name: method_summary(cells, reading, shots) for name, reading in readings.items()}
     return {
-        "methods": {name: method_summary(cells, reading, shots) for name, reading in readings.items()},
+        "methods": methods,
         "claims": {name: claim for name, claim in claims.items() if claim},
         "waiting": sorted(name for name, claim in claims.items() if not claim),
         "few_shot_variant": few_shot.method if few_shot else None,
@@ -74,13 +58,8 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
         "overtaking": overtaking(cells, readings[OURS].model) if OURS in readings else [],
         "second_reading": second_reading(results, readings, shots),
         "variants": compare_variants(results, cells, readings),
+        "causes": find_causes(results, cells, readings, methods),
     }
-
-
-def better_few_shot(readings: Mapping[str, Reading]) -> Reading | None:
-    """The variant of few-shot tuning with the higher score on the validation tasks."""
-    own = [readings[name] for name in FEW_SHOT if name in readings]
-    return max(own, key=lambda reading: reading.validation[reading.best_shots], default=None)
 
 
 def compare_all(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]:
@@ -128,27 +107,6 @@ def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots
         "claims": {name: claim for name, claim in compare_all(cells, chosen).items() if claim},
         "few_shot_variant": few_shot.method if few_shot else None,
     }
-
-
-def final_models(results: StudyResults) -> dict[str, str]:
-    """The weights by which each method is judged: whole budget, first training seed, all meta-training tasks."""
-    finals = [facts for facts in results.models if facts.is_final and facts.setting == "held_out" and not facts.task]
-    first = min((facts.training_seed for facts in finals), default=0)
-    found = {facts.method: facts.model for facts in finals if facts.training_seed == first}
-    if any(record.model == BASE for record in results.records):
-        found = {"in_context": BASE} | found
-    if any(record.method == "classic" for record in results.records):
-        found["classic"] = "classic"
-    return found
-
-
-def read_method(cells: Cells, method: str, model: str, shots: Sequence[Shots]) -> Reading | None:
-    """A method's best shots on the validation tasks; None while these are not evaluated."""
-    tasks = cells.tasks_of("validation")
-    values = {count: headline_value(terms) for count in shots if (terms := terms_at(cells, tasks, [(1.0, model, count)]))}
-    if not values:
-        return None
-    return Reading(method, model, max(values, key=lambda count: (values[count], -shot_order(count))), values)
 
 
 def compare(cells: Cells, ours: Reading | None, other: Reading | None, *, aim: float | None) -> dict[str, Any] | None:
@@ -223,53 +181,6 @@ def _slope_terms(cells: Sequence[Sequence[EvaluationRecord]]) -> list[Term]:
         return []
     weights = centred / (centred**2).sum()
     return [Term(float(weight), records) for weight, records in zip(weights, cells, strict=True)]
-
-
-def spread_over_training_seeds(results: StudyResults, cells: Cells) -> dict[str, dict[str, dict[str, float]]]:
-    """The headline of each method by training seed at 0 and max, in points; only where there are several seeds."""
-    finals = [facts for facts in results.models if facts.is_final and facts.setting == "held_out" and not facts.task]
-    tasks, found = cells.tasks_of("held_out"), {}
-    for method in dict.fromkeys(facts.method for facts in finals):
-        own = sorted((facts for facts in finals if facts.method == method), key=lambda facts: facts.training_seed)
-        by_shots = {
-            str(count): {
-                str(facts.training_seed): round(headline_value(terms), 3)
-                for facts in own
-                if (terms := terms_at(cells, tasks, [(1.0, facts.model, count)]))
-            }
-            for count in (0, "max")
-        }
-        if len(by_shots["max"]) > 1:
-            found[method] = by_shots
-    return found
-
-
-def budget_curves(results: StudyResults, cells: Cells, readings: Mapping[str, Reading]) -> dict[str, list[dict[str, Any]]]:
-    """Held-out headline of each snapshot at its method's best shots and at max, beside what it had cost by then."""
-    tasks, found = cells.tasks_of("held_out"), {}
-    for method, reading in readings.items():
-        first = results.model_facts(reading.model)
-        if first is None:
-            continue
-        own = [facts for facts in results.models if _is_snapshot_of(facts, first)]
-        points = []
-        for facts in sorted(own, key=lambda facts: facts.updates):
-            point: dict[str, Any] = facts.model_dump(include={"updates", "tokens", "answers", "target_answers", "seconds"})
-            for name, count in (("at_best_shots", reading.best_shots), ("at_max", "max")):
-                terms = terms_at(cells, tasks, [(1.0, facts.model, count)])
-                point[name] = estimate(terms).as_json() if terms else None
-            points.append(point)
-        found[method] = points
-    return found
-
-
-def _is_snapshot_of(facts: ModelFacts, final: ModelFacts) -> bool:
-    return (facts.method, facts.setting, facts.training_seed, facts.task) == (
-        final.method,
-        final.setting,
-        final.training_seed,
-        final.task,
-    )
 
 
 def family_claim(results: StudyResults, cells: Cells, few_shot: Reading | None) -> dict[str, Any] | None:

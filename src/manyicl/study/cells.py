@@ -17,8 +17,9 @@ The list is a pure function of recipe and suite, in the order in which cells are
 part of a cell's name after its kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from manyicl.errors import RecipeError
@@ -49,6 +50,19 @@ class Cell:
     def kind(self) -> str:
         """The first part of the name."""
         return self.name.partition("/")[0]
+
+
+def select_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that any of the patterns names; all where there is no pattern.
+
+    Args:
+        only: Names, with * for any text, as `train/*/seed-1`; also the beginning of names up to a slash, as `robustness`.
+    """
+    return [
+        cell
+        for cell in cells
+        if not only or any(fnmatchcase(cell.name, pattern) or cell.name.startswith(f"{pattern}/") for pattern in only)
+    ]
 
 
 def list_cells(recipe: StudyRecipe, suite: TaskSuite) -> list[Cell]:

@@ -24,10 +24,10 @@ from manyicl.modeling import Format, LoadedModel, load_model, load_tokenizer
 from manyicl.packing import RowDataset
 from manyicl.records import EvaluationRecord, RecordWriter, Shots, read_records
 from manyicl.results.calibrated import CALIBRATED
-from manyicl.results.claims import read_method
 from manyicl.results.contrasts import Cells, headline_value, terms_at
 from manyicl.results.files import BASE, CorpusFacts, HarnessFacts, ModelFacts
 from manyicl.results.forgetting_card import CHAT
+from manyicl.results.readings import read_method
 from manyicl.robustness import evaluate_robustness
 from manyicl.runs import library_versions, train
 from manyicl.study.cells import Cell, rate_method, rate_name

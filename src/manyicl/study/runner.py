@@ -42,7 +42,7 @@ from manyicl.records import EvaluationRecord, read_records
 from manyicl.results.claims import make_claims
 from manyicl.results.files import CellFacts, CorpusFacts, HarnessFacts, ModelFacts, StudyResults, write_results
 from manyicl.runs import library_versions
-from manyicl.study.cells import Cell, list_cells
+from manyicl.study.cells import Cell, list_cells, select_cells
 from manyicl.study.jobs import Outcome, Study
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.readers import load_suite
@@ -285,18 +285,18 @@ class StudyFolder:
         return CellFacts(cell=cell.name, kind=cell.kind, status=status, error=error)
 
 
-def work(recipe: StudyRecipe, *, kinds: Sequence[str] = (), deadline: float | None = None) -> None:
+def work(recipe: StudyRecipe, *, only: Sequence[str] = (), deadline: float | None = None) -> None:
     """Do cells until none is left that this process can do; what a worker process runs.
 
     Args:
-        kinds: Only cells of these kinds; all unless given.
+        only: Patterns of the names of cells, as in `cells.select_cells`; all cells unless given.
         deadline: No cell is begun after this `time.time()`.
     """
     suite = load_suite(recipe.tasks)
     folder = StudyFolder(recipe, suite)
     folder.take_over()
     study = Study(folder.recipe, suite, folder.outcome)
-    wanted = [cell for cell in folder.cells if not kinds or cell.kind in kinds]
+    wanted = select_cells(folder.cells, only)
     parent = os.getppid()
     while (deadline is None or time.time() < deadline) and os.getppid() == parent:  # An orphan takes no further cell.
         ready = [cell for cell in wanted if folder.is_ready(cell)]
@@ -340,11 +340,11 @@ def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
     return True
 
 
-def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float | None = None) -> Progress:
+def run_study(recipe: StudyRecipe, *, only: Sequence[str] = (), minutes: float | None = None) -> Progress:
     """Do what is left of a study in worker processes, one after the other, and write its results.
 
     Args:
-        kinds: Only cells of these kinds; all unless given.
+        only: Patterns of the names of cells, as in `cells.select_cells`; all cells unless given.
         minutes: No cell is begun after so many.
 
     Raises:
@@ -358,7 +358,7 @@ def run_study(recipe: StudyRecipe, *, kinds: Sequence[str] = (), minutes: float 
     deadline = None if minutes is None else time.time() + 60 * minutes
     try:
         with _ended_by_sigterm():
-            while _run_worker(folder, kinds, deadline):
+            while _run_worker(folder, only, deadline):
                 pass
     finally:
         if folder.is_current():
@@ -383,9 +383,9 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run_worker(folder: StudyFolder, kinds: Sequence[str], deadline: float | None) -> bool:
+def _run_worker(folder: StudyFolder, only: Sequence[str], deadline: float | None) -> bool:
     """Whether a worker died at a cell, so that another must go on."""
-    command = [sys.executable, "-m", "manyicl.study.worker", str(folder.output), ",".join(kinds), str(deadline or "")]
+    command = [sys.executable, "-m", "manyicl.study.worker", str(folder.output), ",".join(only), str(deadline or "")]
     with subprocess.Popen(command) as worker:
         try:
             code = worker.wait()

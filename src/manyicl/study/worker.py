@@ -1,4 +1,4 @@
-"""The process in which a study's cells are done: python -m manyicl.study.worker FOLDER KINDS DEADLINE (see `runner`)."""
+"""The process in which a study's cells are done: python -m manyicl.study.worker FOLDER ONLY DEADLINE (see `runner`)."""
 
 import logging
 import sys
@@ -12,11 +12,11 @@ from manyicl.study.runner import work
 
 def main() -> None:
     """Work on the study whose folder is named."""
-    output, kinds, deadline = sys.argv[1:]
+    output, only, deadline = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     content = yaml.safe_load((Path(output) / "study.yaml").read_text(encoding="utf-8"))
     recipe = StudyRecipe.model_validate(content | {"output": output})
-    work(recipe, kinds=[kind for kind in kinds.split(",") if kind], deadline=float(deadline) if deadline else None)
+    work(recipe, only=[pattern for pattern in only.split(",") if pattern], deadline=float(deadline) if deadline else None)
 
 
 if __name__ == "__main__":

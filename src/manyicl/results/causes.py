@@ -1,0 +1,175 @@
+"""What stands behind a claim: the same differences by training seed and by budget, and what the choice of shots costs.
+
+None of this decides a claim. Where one is not shown, it says what to change: more budget helps if a difference grows with it; one
+training run says little if the differences of two seeds are further apart than a claim's aim; shots that validation tasks choose
+cost what lies between them and the shots that are best on held-out tasks, which nothing may choose.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from manyicl.records import Shots
+from manyicl.results.contrasts import Cells, TaskTerms, Term, estimate, headline_value, terms_at, verdict
+from manyicl.results.files import ModelFacts, StudyResults
+from manyicl.results.readings import OURS, Reading
+
+SEED_SHOTS: tuple[Shots, ...] = (0, "max")  # Those at which a study evaluates further training seeds.
+
+
+def find_causes(
+    results: StudyResults, cells: Cells, readings: Mapping[str, Reading], methods: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Ours less each other jointly tuned method by training seed and by budget, and what the choice of shots costs each.
+
+    Args:
+        methods: The summaries of the claims.
+    """
+    found: dict[str, Any] = {"choice": costs_of_choice(methods), "by_seed": {}, "by_budget": {}}
+    if OURS in readings:
+        others = [reading for name, reading in readings.items() if name != OURS and results.model_facts(reading.model)]
+        found["by_seed"] = differences_by_seed(results, cells, [reading.method for reading in others])
+        found["by_budget"] = differences_by_budget(results, cells, readings[OURS], others)
+    return found
+
+
+def models_by_seed(results: StudyResults) -> dict[str, dict[int, str]]:
+    """The final weights of each jointly tuned method by training seed, ascending."""
+    finals = [facts for facts in results.models if facts.is_final and facts.setting == "held_out" and not facts.task]
+    found: dict[str, dict[int, str]] = {}
+    for facts in sorted(finals, key=lambda facts: facts.training_seed):
+        found.setdefault(facts.method, {})[facts.training_seed] = facts.model
+    return found
+
+
+def differences_by_seed(results: StudyResults, cells: Cells, others: Sequence[str]) -> dict[str, Any]:
+    """Ours less each other method by training seed, seed against the same seed, and the mean over seeds, at 0 and max.
+
+    The interval of the mean is over tasks, queries and orders of demonstrations, like every other; seeds are not drawn.
+
+    Returns:
+        For each other method with two seeds or more and each number of shots: `by_seed`, `mean` and `verdict`.
+    """
+    models, tasks = models_by_seed(results), cells.tasks_of("held_out")
+    found: dict[str, Any] = {}
+    for other in others:
+        for shots in SEED_SHOTS:
+            pairs = {
+                seed: terms
+                for seed, own in models.get(OURS, {}).items()
+                if seed in models.get(other, {})
+                and (terms := terms_at(cells, tasks, [(1.0, own, shots), (-1.0, models[other][seed], shots)]))
+            }
+            if len(pairs) > 1:
+                mean = estimate(_mean_of(list(pairs.values())))
+                by_seed = {str(seed): estimate(terms).as_json() for seed, terms in pairs.items()}
+                own = {"by_seed": by_seed, "mean": mean.as_json(), "verdict": verdict(mean)}
+                found.setdefault(other, {})[str(shots)] = own
+    return found
+
+
+def _mean_of(contrasts: Sequence[TaskTerms]) -> TaskTerms:
+    """The mean of contrasts of the same tasks."""
+    share = 1 / len(contrasts)
+    return {
+        task: [Term(share * term.weight, term.records) for contrast in contrasts for term in contrast[task]]
+        for task in contrasts[0]
+    }
+
+
+def spread_over_training_seeds(results: StudyResults, cells: Cells) -> dict[str, dict[str, dict[str, float]]]:
+    """The headline of each method by training seed at 0 and max, in points; only where there are several seeds."""
+    tasks, found = cells.tasks_of("held_out"), {}
+    for method, models in models_by_seed(results).items():
+        by_shots = {
+            str(count): {
+                str(seed): round(headline_value(terms), 3)
+                for seed, model in models.items()
+                if (terms := terms_at(cells, tasks, [(1.0, model, count)]))
+            }
+            for count in SEED_SHOTS
+        }
+        if len(by_shots["max"]) > 1:
+            found[method] = by_shots
+    return found
+
+
+def budget_curves(results: StudyResults, cells: Cells, readings: Mapping[str, Reading]) -> dict[str, list[dict[str, Any]]]:
+    """Held-out headline of each snapshot at its method's best shots and at max, beside what it had cost by then."""
+    tasks, found = cells.tasks_of("held_out"), {}
+    for method, reading in readings.items():
+        points = []
+        for facts in _snapshots(results, reading):
+            point: dict[str, Any] = facts.model_dump(include={"updates", "tokens", "answers", "target_answers", "seconds"})
+            for name, count in (("at_best_shots", reading.best_shots), ("at_max", "max")):
+                terms = terms_at(cells, tasks, [(1.0, facts.model, count)])
+                point[name] = estimate(terms).as_json() if terms else None
+            points.append(point)
+        if points:
+            found[method] = points
+    return found
+
+
+def differences_by_budget(
+    results: StudyResults, cells: Cells, ours: Reading, others: Sequence[Reading]
+) -> dict[str, list[dict[str, Any]]]:
+    """Ours less each other method from snapshot to snapshot, each against that of the same share of the budget.
+
+    All are read with the orders of demonstrations that every snapshot has, so that a row differs from the next by budget alone.
+    """
+    tasks, found = cells.tasks_of("held_out"), {}
+    for other in others:
+        pairs = list(zip(_snapshots(results, ours), _snapshots(results, other), strict=False))
+        rows: list[dict[str, Any]] = [{"tokens": own.tokens} for own, _ in pairs]
+        for name, shots in (("at_best_shots", (ours.best_shots, other.best_shots)), ("at_max", ("max", "max"))):
+            contrasts = [
+                terms_at(cells, tasks, [(1.0, own.model, shots[0]), (-1.0, theirs.model, shots[1])]) for own, theirs in pairs
+            ]
+            if not all(contrasts):
+                break
+            for row, terms in zip(rows, _same_orders(contrasts), strict=True):
+                row[name] = estimate(terms).as_json()
+        else:
+            if len(rows) > 1:
+                found[other.method] = rows
+    return found
+
+
+def _same_orders(contrasts: Sequence[TaskTerms]) -> list[TaskTerms]:
+    """Contrasts of the same tasks with the orders of demonstrations that all of them have."""
+    num_orders = {task: min(len(term.records) for contrast in contrasts for term in contrast[task]) for task in contrasts[0]}
+    return [
+        {task: [Term(term.weight, term.records[: num_orders[task]]) for term in terms] for task, terms in contrast.items()}
+        for contrast in contrasts
+    ]
+
+
+def costs_of_choice(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each method would have on held-out tasks at the shots that are best there, beside the shots that were chosen.
+
+    Args:
+        methods: The summaries of the claims.
+    """
+    found = {}
+    for name, method in methods.items():
+        curve = {shots: one["value"] for shots, one in method["held_out"].items()}
+        chosen = str(method["best_shots"])
+        if chosen in curve:
+            highest = max(curve, key=lambda shots: curve[shots])
+            found[name] = {"chosen": chosen, "highest": highest, "cost": round(curve[highest] - curve[chosen], 3)}
+    return found
+
+
+def _snapshots(results: StudyResults, reading: Reading) -> list[ModelFacts]:
+    """The weights on the way to those that are read, and these, by updates."""
+    final = results.model_facts(reading.model)
+    own = [facts for facts in results.models if final and _is_snapshot_of(facts, final)]
+    return sorted(own, key=lambda facts: facts.updates)
+
+
+def _is_snapshot_of(facts: ModelFacts, final: ModelFacts) -> bool:
+    return (facts.method, facts.setting, facts.training_seed, facts.task) == (
+        final.method,
+        final.setting,
+        final.training_seed,
+        final.task,
+    )

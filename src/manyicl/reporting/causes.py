@@ -10,6 +10,11 @@ from manyicl.reporting.tables import Column, Table, Value
 _ENDS = tuple(Column(name, is_signed=True) for name in ("difference", "low", "high"))
 
 
+def tables(findings: Findings) -> list[Figure | None]:
+    """All of them; None for what was not evaluated."""
+    return [differences_by_seed(findings), differences_by_budget(findings), costs_of_choice(findings)]
+
+
 def differences_by_seed(findings: Findings) -> Figure | None:
     """Ours less each other method by training seed, and the mean over seeds with its verdict."""
     rows: list[tuple[Value, ...]] = []

@@ -153,13 +153,7 @@ def sections(findings: Findings) -> list[Section]:
             (),
         ),
         ("seeds", "Training seeds", "no method is tuned with several seeds.", [effects.training_seeds(findings)], ()),
-        (
-            "causes",
-            "Behind the claims",
-            "",
-            [causes.differences_by_seed(findings), causes.differences_by_budget(findings), causes.costs_of_choice(findings)],
-            (),
-        ),
+        ("causes", "Behind the claims", "", causes.tables(findings), ()),
         ("family", "A family left out", "this setting is not evaluated.", [effects.left_out_family(findings)], ()),
         (
             "costs",

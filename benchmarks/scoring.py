@@ -255,6 +255,23 @@ def run_vllm(python: Path, job: dict[str, Any], folder: Path) -> Any:
     return eager
 
 
+def pick_cell(own: dict[str, Any], scores: np.ndarray) -> dict[str, Any]:
+    """What vLLM's constrained choices took in a cell, and how often they are the best label of our `scores` [queries, labels]."""
+    count = len(own["picks"])
+    best = scores[:count].argmax(1)
+    return {
+        "queries": count,
+        "seconds": own["seconds"],
+        "seconds_of_each_run": own["seconds_of_each_run"],
+        "compiled": own.get("compiled", False),
+        "tokens_outside_blocks": own["tokens_outside_blocks"],
+        "queries_per_second_on_whole_blocks": count / own["seconds_on_whole_blocks"],
+        "queries_per_second": count / own["seconds"],
+        "extrapolated": False,
+        "agreement": {"same_best_label": float(np.mean(best == np.array(own["picks"])))},
+    }
+
+
 def run_peers(
     arguments: argparse.Namespace,
     loaded: LoadedModel,
@@ -304,18 +321,7 @@ def run_peers(
                 results[peer][cell.name] = peer_cell(own["seconds"], found.shape, cell, scores[cell.name], found)
         own = vllm.get("picks", {}).get(cell.name)
         if own:
-            best = scores[cell.name][: len(own["picks"])].argmax(1)
-            results["vllm_pick"][cell.name] = {
-                "queries": len(own["picks"]),
-                "seconds": own["seconds"],
-                "seconds_of_each_run": own["seconds_of_each_run"],
-                "compiled": own.get("compiled", False),
-                "tokens_outside_blocks": own["tokens_outside_blocks"],
-                "queries_per_second_on_whole_blocks": len(own["picks"]) / own["seconds_on_whole_blocks"],
-                "queries_per_second": len(own["picks"]) / own["seconds"],
-                "extrapolated": False,
-                "agreement": {"same_best_label": float(np.mean(best == np.array(own["picks"])))},
-            }
+            results["vllm_pick"][cell.name] = pick_cell(own, scores[cell.name])
     return results
 
 

@@ -183,6 +183,8 @@ def seed_lines(spread: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 def cause_lines(causes: dict[str, Any]) -> list[str]:
     """Ours less each other method by training seed and by budget, and what the choice of shots costs."""
+    if not causes["choice"]:
+        return ["Not evaluated yet."]
     lines: list[str] = []
     if causes["by_seed"]:
         lines += ["| ours less | shots | by training seed | mean over seeds | verdict |", "|---|---|---|---:|---|"]
@@ -197,7 +199,7 @@ def cause_lines(causes: dict[str, Any]) -> list[str]:
             lines += [
                 f"| {other} | {row['tokens']:,} | {points(row['at_best_shots'])} | {points(row['at_max'])} |" for row in rows
             ]
-        lines += ["", "By budget, with the first order of demonstrations alone, which is the one that snapshots have.", ""]
+        lines += ["", "By budget, with the orders of demonstrations that all snapshots have.", ""]
     lines += ["| method | shots chosen | best on held-out tasks | points lost by the choice |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {one['chosen']} | {one['highest']} | {one['cost']:.1f} |" for name, one in causes["choice"].items()]
     return [*lines, "", "Held-out tasks choose nothing: the last table says what nobody may take."]
@@ -261,7 +263,7 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
         ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
         ("Equal answers, equal seconds", budget_lines(found["budget_curves"]), recipe["num_snapshots"] > 1),
         ("Training seeds", seed_lines(found["training_seeds"]), recipe["training_seeds"]),
-        ("Behind the claims", cause_lines(found["causes"]), len(recipe["shots"]) > 1),
+        ("Behind the claims", cause_lines(found["causes"]), True),
         ("A family left out", family_lines(found["family"]), recipe["held_out_family"]),
         ("Altered demonstrations", robustness_lines(results), recipe["robustness"]["tasks"]),
         ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),

@@ -97,6 +97,7 @@ def test_joined_past_states_hold_what_each_branch_sees_in_order() -> None:
     seen = [np.array([[True, True, True], [False, True, True]]), np.array([[True, False]])]  # The third branch has left.
     joined, seen_then = PastStates.join(list(zip(parts, seen, strict=True)), 4)
     assert seen_then.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    assert parts[0].append(0, states[0], states[0])[0].shape == states[0].shape  # What was joined is not there any more.
     new = torch.randn(3, 1, 1, 4, generator=draw)
     for layer in (0, 1):
         key, value = joined.append(layer, new, -new)

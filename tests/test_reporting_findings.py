@@ -300,6 +300,13 @@ def test_what_stands_behind_the_claims_is_that_of_the_claims(results: StudyResul
     ]
 
 
+def test_claims_of_an_earlier_version_have_nothing_behind_them(results: StudyResults) -> None:
+    claims = {name: claim for name, claim in results.claims.items() if name != "causes"}
+    keys = [section.key for section in sections(Findings(results.model_copy(update={"claims": claims})))]
+    assert "causes" not in keys
+    assert "seeds" in keys
+
+
 def test_claims_are_read_as_they_were_written(results: StudyResults) -> None:
     claims = results.claims | {"few_shot_variant": "few_shot_5", "claims": {"beats_few_shot": few_shot_claim(6, 5, 7, "holds")}}
     assert "the model scores 6.0 points more" in Page(render_report(results.model_copy(update={"claims": claims}))).words()

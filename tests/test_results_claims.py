@@ -200,7 +200,7 @@ def calibrated(records, right_by_shots):
 
 
 def test_differences_are_paired_by_seed_and_by_snapshot(results):
-    """A difference of 40 points with the first seed and 20 with the second; of 10 and 40 points from snapshot to snapshot."""
+    """Ours is behind at 0 shots with the first seed and ahead with the second; behind at half of the budget, ahead at its end."""
     added, models = [], list(results.models)
     for method, right, early in (("all_answers", 8, 5), ("few_shot_5", 6, 8)):
         by_role = {"validation": dict.fromkeys(SHOTS, 5), "held_out": dict.fromkeys(SHOTS, right)}
@@ -216,7 +216,7 @@ def test_differences_are_paired_by_seed_and_by_snapshot(results):
     assert {seed: one["value"] for seed, one in at_zero["by_seed"].items()} == {"0": -10.0, "1": 20.0}
     assert (at_zero["mean"]["value"], at_zero["mean"]["low"] < 5.0 < at_zero["mean"]["high"]) == (5.0, True)
     assert {seed: one["value"] for seed, one in at_max["by_seed"].items()} == {"0": 0.0, "1": 20.0}
-    assert at_max["verdict"] == ("holds" if at_max["mean"]["low"] > 0 else "not shown")
+    assert [one["verdict"] for one in (at_zero, at_max)] == ["not shown", "holds"]
     assert set(causes["by_budget"]) == {"few_shot_5"}
     rows = causes["by_budget"]["few_shot_5"]
     assert [(row["tokens"], row["at_best_shots"]["value"], row["at_max"]["value"]) for row in rows] == [

@@ -163,6 +163,15 @@ def test_shots_that_do_not_fit_are_read_at_what_fits():
     assert cells.find("ours", "alpha", 4, condition="symbols") == []
 
 
+def test_of_two_records_of_an_order_the_first_counts():
+    """Orders are paired by their place, so a record that is there twice would move those after it."""
+    records = [make(seed=1, right=range(3)), make(seed=0, right=range(8)), make(seed=0, right=range(2)), make(seed=1)]
+    found = Cells(records).find("ours", "alpha", 4)
+    assert [(record.seed, record.value) for record in found] == [(0, 0.8), (1, 0.3)]
+    assert len(Cells(records).of_method("ours", "alpha")) == 2
+    assert len(Cells([make(), make(condition="chat"), make(shots=0), make(model="other")]).of_method("ours", "alpha")) == 4
+
+
 def test_a_contrast_with_a_missing_cell_is_empty():
     cells = Cells([make(shots=4), make("beta", shots=4), make(shots=4, model="b")])
     assert set(terms_at(cells, ["alpha", "beta"], [(1.0, "ours", 4)])) == {"alpha", "beta"}

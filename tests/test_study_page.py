@@ -58,7 +58,7 @@ def test_causes_stand_by_seed_by_budget_and_by_choice(page: Any, results: StudyR
     assert f"| few_shot_5 | 150,000 | {page.points(last['at_best_shots'])} | {page.points(last['at_max'])} |" in lines
     choice = causes["choice"]["zero_shot"]
     assert f"| zero_shot | {choice['chosen']} | {choice['highest']} | {choice['cost']:.1f} |" in lines
-    assert len(page.cause_lines({"by_seed": {}, "by_budget": {}, "choice": {}})) == 4
+    assert page.cause_lines({"by_seed": {}, "by_budget": {}, "choice": {}}) == ["Not evaluated yet."]
 
 
 def test_the_family_left_out_is_named_with_its_verdict(page: Any, results: StudyResults) -> None:

@@ -9,7 +9,7 @@ the tokens that are asked about, in chunks of at most `LOGIT_CHUNK_BYTES`.
     branch 2   q q q q n                 q q n n .                             places of padding are masked by position
                                          q q q q n
 
-Letters: B branches, L tokens of the longest, N tokens of all, H heads, D head size, V vocabulary.
+Letters: B branches, L tokens of the longest, N tokens of all, H heads, K key-value heads, D head size, V vocabulary.
 """
 
 import weakref
@@ -74,13 +74,13 @@ def _places_of(seen: BoolArray, width: int) -> IntArray:
 
 
 def _join_buffers(buffers: Sequence[Tensor], indices: Sequence[Tensor], num_tokens: int) -> Tensor:
-    """The places `indices` [B, 1, P, 1] of each buffer's first B branches, as one buffer [sum of B, K, num_tokens, D]."""
+    """The places `indices` [B, 1, past, 1] of each buffer's first B branches, as one buffer [sum of B, K, num_tokens, D]."""
     _, num_heads, _, head_size = buffers[0].shape
     room = buffers[0].new_empty(sum(map(len, indices)), num_heads, num_tokens, head_size)
     line = 0
     for buffer, index in zip(buffers, indices, strict=True):
         stop = line + len(index)
-        room[line:stop, :, : index.shape[2]] = torch.take_along_dim(buffer[: len(index)], index.to(buffer.device), dim=2)
+        room[line:stop, :, : index.shape[2]] = torch.take_along_dim(buffer[: len(index)], index, dim=2)
         line = stop
     return room
 
@@ -119,7 +119,7 @@ class PastStates:
         """The branches of all parts, one part after the other; each part is emptied, and what no branch sees is dropped.
 
         Args:
-            parts: States, with the places of theirs that each branch sees, [B, P].
+            parts: States, with the places of theirs that each branch sees, [B, past].
             num_free: Places for later tokens, beside those of the longest branch.
 
         Returns:
@@ -128,7 +128,8 @@ class PastStates:
         counts = np.concatenate([seen.sum(axis=1) for _, seen in parts])
         longest = int(counts.max())
         joined = cls(longest + num_free)
-        indices = [torch.from_numpy(_places_of(seen, longest))[:, None, :, None] for _, seen in parts]
+        device = next(iter(parts[0][0]._buffers.values()))[0].device
+        indices = [torch.from_numpy(_places_of(seen, longest)).to(device)[:, None, :, None] for _, seen in parts]
         for layer in list(parts[0][0]._buffers):
             own = [part._buffers.pop(layer) for part, _ in parts]
             joined._num_used[layer] = longest

@@ -10,8 +10,6 @@ being written be copied once.
 A token is drawn by one random number of the query's own, so that it does not depend on what else is written; only where the
 number falls on the border of two tokens can the rounding of another batch size decide. Temperature 0 takes the most probable
 token, as `scoring.generate_answers` does.
-
-Letters: B queries, P places of earlier tokens, V vocabulary.
 """
 
 import re

@@ -41,7 +41,9 @@ def differences_by_budget(findings: Findings) -> Figure | None:
             for point in points
         ]
     columns = (Column("ours against", is_number=False), Column("tokens"), Column("shots", is_number=False))
-    sentence = "Ours less the other method after each share of the budget, both with the first order of demonstrations."
+    sentence = (
+        "Ours less the other method after each share of the budget, with the orders of demonstrations that all snapshots have."
+    )
     table = Table((*columns, *_ENDS), rows)
     return Figure("causes-budget", "Ours against others by budget", sentence, table, is_table_open=True) if rows else None
 

@@ -23,6 +23,9 @@ def find_causes(
 
     Args:
         methods: The summaries of the claims.
+
+    Returns:
+        `by_seed`, `by_budget` and `choice`, as the three functions of these names give them, in points.
     """
     found: dict[str, Any] = {"choice": costs_of_choice(methods), "by_seed": {}, "by_budget": {}}
     if OURS in readings:
@@ -61,9 +64,11 @@ def differences_by_seed(results: StudyResults, cells: Cells, others: Sequence[st
             }
             if len(pairs) > 1:
                 mean = estimate(_mean_of(list(pairs.values())))
-                by_seed = {str(seed): estimate(terms).as_json() for seed, terms in pairs.items()}
-                own = {"by_seed": by_seed, "mean": mean.as_json(), "verdict": verdict(mean)}
-                found.setdefault(other, {})[str(shots)] = own
+                found.setdefault(other, {})[str(shots)] = {
+                    "by_seed": {str(seed): estimate(terms).as_json() for seed, terms in pairs.items()},
+                    "mean": mean.as_json(),
+                    "verdict": verdict(mean),
+                }
     return found
 
 
@@ -115,30 +120,39 @@ def differences_by_budget(
     """Ours less each other method from snapshot to snapshot, each against that of the same share of the budget.
 
     All are read with the orders of demonstrations that every snapshot has, so that a row differs from the next by budget alone.
+
+    Returns:
+        For each other method of which two snapshots or more are evaluated, a row for each: `tokens` that ours was fed by then
+        (the other is within about a row of it), and the differences `at_best_shots` and `at_max` in points.
     """
     tasks, found = cells.tasks_of("held_out"), {}
     for other in others:
-        pairs = list(zip(_snapshots(results, ours), _snapshots(results, other), strict=False))
-        rows: list[dict[str, Any]] = [{"tokens": own.tokens} for own, _ in pairs]
-        for name, shots in (("at_best_shots", (ours.best_shots, other.best_shots)), ("at_max", ("max", "max"))):
-            contrasts = [
-                terms_at(cells, tasks, [(1.0, own.model, shots[0]), (-1.0, theirs.model, shots[1])]) for own, theirs in pairs
+        rows: list[tuple[int, list[TaskTerms]]] = []
+        for own, theirs in zip(_snapshots(results, ours), _snapshots(results, other), strict=False):
+            shots: tuple[tuple[Shots, Shots], ...] = ((ours.best_shots, other.best_shots), ("max", "max"))
+            contrasts = [terms_at(cells, tasks, [(1.0, own.model, one), (-1.0, theirs.model, two)]) for one, two in shots]
+            if all(contrasts):
+                rows.append((own.tokens, contrasts))
+        if len(rows) > 1:
+            at_best, at_max = (_same_orders([contrasts[place] for _, contrasts in rows]) for place in (0, 1))
+            found[other.method] = [
+                {"tokens": tokens, "at_best_shots": estimate(best).as_json(), "at_max": estimate(most).as_json()}
+                for (tokens, _), best, most in zip(rows, at_best, at_max, strict=True)
             ]
-            if not all(contrasts):
-                break
-            for row, terms in zip(rows, _same_orders(contrasts), strict=True):
-                row[name] = estimate(terms).as_json()
-        else:
-            if len(rows) > 1:
-                found[other.method] = rows
     return found
 
 
 def _same_orders(contrasts: Sequence[TaskTerms]) -> list[TaskTerms]:
     """Contrasts of the same tasks with the orders of demonstrations that all of them have."""
-    num_orders = {task: min(len(term.records) for contrast in contrasts for term in contrast[task]) for task in contrasts[0]}
+    seeds = {
+        task: set.intersection(*({record.seed for record in term.records} for contrast in contrasts for term in contrast[task]))
+        for task in contrasts[0]
+    }
     return [
-        {task: [Term(term.weight, term.records[: num_orders[task]]) for term in terms] for task, terms in contrast.items()}
+        {
+            task: [Term(term.weight, [record for record in term.records if record.seed in seeds[task]]) for term in terms]
+            for task, terms in contrast.items()
+        }
         for contrast in contrasts
     ]
 
@@ -148,13 +162,16 @@ def costs_of_choice(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
     Args:
         methods: The summaries of the claims.
+
+    Returns:
+        For each method the shots `chosen`, the `highest` on held-out tasks, and the `cost` in points.
     """
     found = {}
     for name, method in methods.items():
         curve = {shots: one["value"] for shots, one in method["held_out"].items()}
         chosen = str(method["best_shots"])
         if chosen in curve:
-            highest = max(curve, key=lambda shots: curve[shots])
+            highest = max(curve, key=lambda shots: (curve[shots], shots == chosen))
             found[name] = {"chosen": chosen, "highest": highest, "cost": round(curve[highest] - curve[chosen], 3)}
     return found
 

@@ -160,15 +160,21 @@ def majority_value(record: EvaluationRecord) -> float:
 
 
 class Cells:
-    """Finds the records of a cell, by order of demonstrations.
+    """Finds the records of a cell, one for each order of demonstrations.
 
-    Where a task does not fit so many shots, its cell is read at what fits it.
+    Where a task does not fit so many shots, its cell is read at what fits it. Of two records of the same model, task, shots,
+    order and condition the first counts: a study may evaluate the same twice for two of its questions.
     """
 
     def __init__(self, records: Sequence[EvaluationRecord]) -> None:
         self._cells: dict[tuple[str, str, Shots, str], list[EvaluationRecord]] = {}
         self._by_method: dict[tuple[str, str], list[EvaluationRecord]] = {}
+        seen: set[tuple[str, str, Shots, str, int]] = set()
         for record in sorted(records, key=lambda record: record.seed):
+            key = (record.model, record.task, record.shots, record.condition, record.seed)
+            if key in seen:
+                continue
+            seen.add(key)
             self._cells.setdefault((record.model, record.task, record.shots, record.condition), []).append(record)
             self._by_method.setdefault((record.method, record.task), []).append(record)
         self.tasks: dict[str, EvaluationRecord] = {record.task: record for record in records}

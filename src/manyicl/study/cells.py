@@ -56,7 +56,8 @@ def select_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     """The cells that any of the patterns names; all where there is no pattern.
 
     Args:
-        only: Names, with * for any text, as `train/*/seed-1`; also the beginning of names up to a slash, as `robustness`.
+        only: Names as `fnmatch` reads them, as `train/*/seed-1`, or the beginning of names up to a slash, as `robustness`, in
+            which * has no meaning.
     """
     return [
         cell

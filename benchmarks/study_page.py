@@ -102,13 +102,14 @@ def dedicated_lines(claim: dict[str, Any] | None) -> list[str]:
     lines = [
         f"On {', '.join(claim['tasks'])}, where dedicated tuning on the whole split is 5 points or more above the majority label.",
         "",
-        "| dedicated tuning on | ours less it, points | share of its gain over the base at 0 shots |",
-        "|---|---:|---:|",
+        f"| dedicated tuning on | ours less it, {claim['best_shots']} shots | at max | share of its gain over the base at 0 shots | at max |",
+        "|---|---:|---:|---:|---:|",
     ]
     for name, words in rows.items():
-        share = claim[name]["share_of_gain"]
-        shown = "-" if share["low"] is None else f"{share['value']:.2f} ({share['low']:.2f} to {share['high']:.2f})"
-        lines.append(f"| {words} | {points(claim[name]['difference'])} | {shown} |")
+        shares = [claim[name][f"share_of_gain{place}"] for place in ("", "_at_max")]
+        shown = ["-" if one["low"] is None else f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in shares]
+        differences = [points(claim[name][f"difference{place}"]) for place in ("", "_at_max")]
+        lines.append(f"| {words} | {' | '.join([*differences, *shown])} |")
     others = [f"{task} ({gain:+.1f})" for task, gain in claim["not_learnt"].items()]
     return [*lines, "", f"Not learnt by it (points over the majority): {', '.join(others) or 'none'}."]
 

@@ -124,6 +124,8 @@ def test_the_claims_table_holds_every_claim(results: StudyResults, page: Page) -
     assert table["approaches dedicated tuning, whole train split"][1:5] == (verdict, *numbers(full["difference"]))
     share = table["share of the gain of dedicated tuning, whole train split"]
     assert share[2:6] == (*numbers(full["share_of_gain"], 100), "% of its gain")
+    own_row = table["approaches dedicated tuning, whole train split"]
+    assert (own_row[6], share[6]) == (full["difference_at_max"]["value"], numbers(full["share_of_gain_at_max"], 100)[0])
     forgets = claims["forgets_less"]
     lost = forgets["ours_less_other"]["few_shot_5"]["novels.txt"]
     row = table["forgets less than few-shot tuning (5), novels.txt"]

@@ -119,6 +119,8 @@ def test_dedicated_counts_where_it_learns_the_task(results):
     assert claim["dedicated_full"]["difference"]["value"] == pytest.approx(80 - 100)
     assert claim["dedicated_prefix"]["difference"]["value"] == pytest.approx(80 - 90)
     assert claim["dedicated_full"]["share_of_gain"]["value"] == pytest.approx((80 - 20) / (100 - 20))
+    assert claim["dedicated_prefix"]["difference_at_max"]["value"] == pytest.approx(90 - 90)
+    assert claim["dedicated_full"]["share_of_gain_at_max"]["value"] == pytest.approx((90 - 20) / (100 - 20))
 
 
 def test_training_seeds_and_snapshots_are_shown_beside(results):

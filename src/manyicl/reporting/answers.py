@@ -223,8 +223,10 @@ def _dedicated_rows(findings: Findings) -> list[tuple[Value, ...]]:
     rows = []
     for method in DEDICATED if claim["tasks"] else ():
         own, words = claim[method], method_label(method).replace("dedicated", "dedicated tuning", 1)
-        rows.append(_row(f"approaches {words}", _VERDICT_WORDS[own["verdict"]], own["difference"]))
-        rows.append(_row(f"share of the gain of {words}", "", own["share_of_gain"], "% of its gain", factor=100))
+        at_max = [_ends(own[name], factor)[0] for name, factor in (("difference_at_max", 1.0), ("share_of_gain_at_max", 100))]
+        rows.append(_row(f"approaches {words}", _VERDICT_WORDS[own["verdict"]], own["difference"], aims=(at_max[0], None)))
+        row = _row(f"share of the gain of {words}", "", own["share_of_gain"], "% of its gain", factor=100, aims=(at_max[1], None))
+        rows.append(row)
     return rows
 
 

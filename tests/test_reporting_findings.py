@@ -326,7 +326,8 @@ def test_a_gain_that_may_be_none_has_no_share(results: StudyResults) -> None:
     table = {row[0]: row for row in claims_table(found).rows}
     assert table["share of the gain of dedicated tuning, whole train split"][2:5] == (None, None, None)
     own = show_estimate(full["difference"])
-    assert f"; whole train split {own} points." in " ".join(answer(found).points)
+    at_max = f"{show_estimate(full['difference_at_max'])} points, {100 * full['share_of_gain_at_max']['value']:.0f}% of its gain"
+    assert f"; whole train split {own} points and at max {at_max}." in " ".join(answer(found).points)
 
 
 def test_dedicated_tuning_that_learns_nothing_is_said(results: StudyResults) -> None:

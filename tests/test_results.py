@@ -188,6 +188,14 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     assert [name for name in names if first["claims"][name]["verdict"] != "holds"] == ["beats_few_shot"]
     untuned = [claims["methods"]["in_context"]["held_out"] for claims in (found, first)]
     assert all(abs(untuned[0][shots]["value"] - untuned[1][shots]["value"]) < 0.5 for shots in untuned[0])
+    dedicated = found["claims"]["approaches_dedicated"]
+    for name, words in (
+        ("dedicated_prefix", "dedicated tuning on the demonstrations of our longest prefix"),
+        ("dedicated_full", "dedicated tuning on the whole train split"),
+    ):
+        own = dedicated[name]
+        assert f"| {words} | {shown(own['difference'])} | {shown(own['difference_at_max'])} |" in readme
+        assert f"{100 * own['share_of_gain_at_max']['value']:.0f}% " in readme
     classic, ours = (found["methods"][name]["held_out"]["max"]["value"] for name in ("classic", "all_answers"))
     assert f"scores {classic:.1f} where ours of this size scores {ours:.1f}" in " ".join(readme.split())
     recipe = yaml.safe_load((RESULTS / "study" / "study.yaml").read_text(encoding="utf-8"))

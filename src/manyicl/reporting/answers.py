@@ -112,13 +112,17 @@ def _dedicated_sentence(findings: Findings) -> str:
         return "Dedicated tuning, one model a task, learns none of the held-out tasks."
     parts = []
     for method in DEDICATED:
-        own = claim[method]
-        share = _ends(own["share_of_gain"], 100)[0]
-        gain = f", {show_number(share, 0)}% of its gain" if share is not None else ""
-        words = method_label(method).removeprefix("dedicated, ")
-        parts.append(f"{words} {show_estimate(own['difference'])} points{gain}")
+        read = (_dedicated_words(claim[method], place) for place in ("", "_at_max"))
+        parts.append(f"{method_label(method).removeprefix('dedicated, ')} {' and at max '.join(read)}")
     tasks = count_words(len(claim["tasks"]), "task")
     return f"Against dedicated tuning, one model a task, on {tasks} that it can learn: {'; '.join(parts)}."
+
+
+def _dedicated_words(own: Mapping[str, Any], place: str) -> str:
+    """As in: -9.8 (-16.3 to -3.0) points, 66% of its gain."""
+    share = _ends(own[f"share_of_gain{place}"], 100)[0]
+    gain = f", {show_number(share, 0)}% of its gain" if share is not None else ""
+    return f"{show_estimate(own[f'difference{place}'])} points{gain}"
 
 
 def _slope_sentence(findings: Findings) -> str:

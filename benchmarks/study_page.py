@@ -182,11 +182,29 @@ def seed_lines(spread: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
+def one_label_lines(found: dict[str, Any]) -> list[str]:
+    """How often each method gives its commonest label, at its best shots and at max."""
+    if not found:
+        return []
+    methods = list(dict.fromkeys(name for one in found.values() for name in one["methods"]))
+    lines = [f"| task | commonest right label | {' | '.join(methods)} |", "|---|---:|" + "---:|" * len(methods)]
+    for task, one in found.items():
+        shown = (
+            f"{100 * own['at_best_shots']:.0f}, {100 * own['at_max']:.0f}" if (own := one["methods"].get(name)) else "-"
+            for name in methods
+        )
+        lines.append(f"| {task} | {100 * one['right']:.0f} | {' | '.join(shown)} |")
+    note = (
+        "Percent of the queries that are given a method's commonest label, at its best shots and at max. Where that is near 100,"
+    )
+    return [*lines, "", f"{note} the method", "reads nothing of the query, and its score is the share of that label.", ""]
+
+
 def cause_lines(causes: dict[str, Any]) -> list[str]:
     """Ours less each other method by training seed and by budget, and what the choice of shots costs."""
     if not causes["choice"]:
         return ["Not evaluated yet."]
-    lines: list[str] = []
+    lines = one_label_lines(causes["one_label"])
     if causes["by_seed"]:
         lines += ["| ours less | shots | by training seed | mean over seeds | verdict |", "|---|---|---|---:|---|"]
         for other, by_shots in causes["by_seed"].items():

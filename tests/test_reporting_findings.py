@@ -297,6 +297,11 @@ def test_what_stands_behind_the_claims_is_that_of_the_claims(results: StudyResul
     assert [(int(row[1]), float(row[3])) for row in budgets] == [
         (row["tokens"], row["at_max"]["value"]) for row in causes["by_budget"]["few_shot_5"]
     ]
+    shares = {(row[0], row[1]): [float(value) for value in row[2:]] for row in page.csv("causes-labels")[1:]}
+    for task, one in causes["one_label"].items():
+        own = one["methods"]["zero_shot"]
+        expected = [100 * value for value in (own["at_best_shots"], own["at_max"], one["right"])]
+        assert shares[task, "zero-shot tuning"] == pytest.approx(expected)
     assert {row[0]: float(row[3]) for row in page.csv("causes-choice")[1:]}["zero-shot tuning"] == causes["choice"]["zero_shot"][
         "cost"
     ]

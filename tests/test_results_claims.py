@@ -245,6 +245,23 @@ def test_curves_by_budget_are_read_with_the_orders_that_all_snapshots_have(resul
     assert claims["claims"]["beats_few_shot"]["at_max"]["value"] == -40.0
 
 
+def test_a_method_that_gives_one_label_is_seen(results):
+    """Right at the even places, which are of label 0: every second query is answered 0, the rest too."""
+    records = [record for record in results.records if record.model != "all_answers/seed-0"]
+    places = {0: range(0, 10, 2), 4: range(10), "max": (0, 1, 2, 4, 6, 8)}
+    for task, (role, family) in TASKS.items():
+        for shots, right in places.items():
+            records.append(
+                make(task, family=family, role=role, model="all_answers/seed-0", method="all_answers", shots=shots, right=right)
+            )
+    shares = make_claims(results.model_copy(update={"records": records}))["causes"]["one_label"]
+    assert set(shares) == {"h1", "h2"}
+    assert shares["h1"]["right"] == 0.5
+    best = make_claims(results.model_copy(update={"records": records}))["methods"]["all_answers"]["best_shots"]
+    assert best == 4
+    assert shares["h1"]["methods"]["all_answers"] == {"at_best_shots": 0.5, "at_max": 0.9}
+
+
 def test_the_choice_of_shots_costs_what_lies_between_it_and_the_best(results):
     choice = make_claims(results)["causes"]["choice"]
     assert choice["all_answers"] == {"chosen": "4", "highest": "max", "cost": 10.0}

@@ -58,7 +58,12 @@ def test_causes_stand_by_seed_by_budget_and_by_choice(page: Any, results: StudyR
     assert f"| few_shot_5 | 150,000 | {page.points(last['at_best_shots'])} | {page.points(last['at_max'])} |" in lines
     choice = causes["choice"]["zero_shot"]
     assert f"| zero_shot | {choice['chosen']} | {choice['highest']} | {choice['cost']:.1f} |" in lines
-    assert page.cause_lines({"by_seed": {}, "by_budget": {}, "choice": {}}) == ["Not evaluated yet."]
+    task, one = next(iter(causes["one_label"].items()))
+    own = one["methods"]["all_answers"]
+    (row,) = [line for line in lines if line.startswith(f"| {task} | ")]
+    assert row.split(" | ")[1] == f"{100 * one['right']:.0f}"
+    assert f" | {100 * own['at_best_shots']:.0f}, {100 * own['at_max']:.0f} |" in row
+    assert page.cause_lines({"one_label": {}, "by_seed": {}, "by_budget": {}, "choice": {}}) == ["Not evaluated yet."]
 
 
 def test_the_family_left_out_is_named_with_its_verdict(page: Any, results: StudyResults) -> None:

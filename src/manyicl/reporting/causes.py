@@ -12,7 +12,32 @@ _ENDS = tuple(Column(name, is_signed=True) for name in ("difference", "low", "hi
 
 def tables(findings: Findings) -> list[Figure | None]:
     """All of them; None for what was not evaluated."""
-    return [differences_by_seed(findings), differences_by_budget(findings), costs_of_choice(findings)]
+    return [
+        one_label_shares(findings),
+        costs_of_choice(findings),
+        differences_by_seed(findings),
+        differences_by_budget(findings),
+    ]
+
+
+def one_label_shares(findings: Findings) -> Figure | None:
+    """How often each method gives its commonest label, task by task."""
+    rows: list[tuple[Value, ...]] = []
+    for task, one in _found(findings, "one_label").items():
+        rows += [
+            (task, method_label(method), *(100 * value for value in (own["at_best_shots"], own["at_max"], one["right"])))
+            for method, own in one["methods"].items()
+        ]
+    columns = (
+        *(Column(name, is_number=False) for name in ("task", "method")),
+        *(Column(name, digits=0) for name in ("commonest answer at its best shots, %", "at max, %", "commonest right label, %")),
+    )
+    sentence = (
+        "Held-out label tasks. A method that gives one label to nearly all queries reads nothing of them; its score is that "
+        "label's share, and moves with whatever moves the label."
+    )
+    table = Table(columns, rows)
+    return Figure("causes-labels", "How often one label is given", sentence, table, is_table_open=True) if rows else None
 
 
 def differences_by_seed(findings: Findings) -> Figure | None:

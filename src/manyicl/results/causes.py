@@ -5,6 +5,8 @@ training run says little if the differences of two seeds are further apart than 
 cost what lies between them and the shots that are best on held-out tasks, which nothing may choose.
 """
 
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +27,10 @@ def find_causes(
         methods: The summaries of the claims.
 
     Returns:
-        `by_seed`, `by_budget` and `choice`, as the three functions of these names give them, in points.
+        `by_seed`, `by_budget`, `choice` and `one_label`, as the functions of these names give them.
     """
-    found: dict[str, Any] = {"choice": costs_of_choice(methods), "by_seed": {}, "by_budget": {}}
+    found: dict[str, Any] = {"choice": costs_of_choice(methods), "one_label": one_label_shares(cells, readings)}
+    found |= {"by_seed": {}, "by_budget": {}}
     if OURS in readings:
         others = [reading for name, reading in readings.items() if name != OURS and results.model_facts(reading.model)]
         found["by_seed"] = differences_by_seed(results, cells, [reading.method for reading in others])
@@ -174,6 +177,36 @@ def costs_of_choice(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
             highest = max(curve, key=lambda shots: (curve[shots], shots == chosen))
             found[name] = {"chosen": chosen, "highest": highest, "cost": round(curve[highest] - curve[chosen], 3)}
     return found
+
+
+def one_label_shares(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
+    """How often each method gives its commonest label on each held-out label task, beside how often a label is right.
+
+    A method that gives one label to nearly all queries reads nothing of them; its score is that label's share, by luck.
+
+    Returns:
+        For each task `right`, the share of the commonest right label, and for each method its shares `at_best_shots` and
+        `at_max`, all from 0 to 1, mean over orders of demonstrations.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for task in cells.tasks_of("held_out"):
+        gold = cells.tasks[task].queries.gold
+        if gold[0] < 0:
+            continue
+        shares = {}
+        for name, reading in readings.items():
+            records = [cells.find(reading.model, task, shots) for shots in (reading.best_shots, "max")]
+            if all(records):
+                at_best, at_max = (_mean_share([record.queries.predicted for record in own]) for own in records)
+                shares[name] = {"at_best_shots": at_best, "at_max": at_max}
+        if shares:
+            found[task] = {"right": _mean_share([gold]), "methods": shares}
+    return found
+
+
+def _mean_share(answers: Sequence[Sequence[int]]) -> float:
+    """The share of the commonest of each sequence of labels, mean over sequences."""
+    return round(statistics.fmean(max(Counter(own).values()) / len(own) for own in answers), 3)
 
 
 def _snapshots(results: StudyResults, reading: Reading) -> list[ModelFacts]:

@@ -91,6 +91,9 @@ def second_reading_lines(found: dict[str, Any]) -> list[str]:
             for values in (plain, calibrated)
         ]
         lines.append(f"| {name} | {best[0]} | {best[1]} | {points(method['held_out'].get(str(method['best_shots'])))} |")
+    lines += ["", *one_label_lines(second["one_label"])]
+    if second["approaches_dedicated"]:
+        lines += ["Ours so read against dedicated tuning:", "", *dedicated_lines(second["approaches_dedicated"])]
     return lines
 
 

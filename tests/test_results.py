@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -201,6 +202,61 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     recipe = yaml.safe_load((RESULTS / "study" / "study.yaml").read_text(encoding="utf-8"))
     assert f"{recipe['budget_tokens']:,} tokens each" in readme
     assert f"all that fit in {recipe['context_tokens']:,} tokens" in readme
+
+
+def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
+    page = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
+    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    first, second, causes = found["claims"], found["second_reading"], found["causes"]
+    ours, base = "all_answers", "in_context"
+    validation = found["methods"][ours]["validation"]
+    gains = [
+        max(own.values()) - max(found["methods"][name]["validation"].values())
+        for name, own in second["calibrated_validation"].items()
+    ]
+    few, by_task = first["beats_few_shot"], first["beats_few_shot"]["by_task"]
+    families = ["sms_spam snips_intent trec_question_type tweet_emotion", "boolq_short trec_factoid", "scitldr_abstract"]
+    others = fmean(fmean(by_task[task]["value"] for task in family.split()) for family in families)
+
+    def given(task: str, method: str) -> str:
+        return f"{100 * causes['one_label'][task]['methods'][method]['at_max']:.0f}%"
+
+    def interval(one: dict[str, float], sign: int = 1) -> str:
+        ends = sorted((sign * one["low"], sign * one["high"]))
+        return f"{sign * one['value']:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
+
+    again = second["claims"]
+    dedicated = second["approaches_dedicated"]
+    prefix, full = dedicated["dedicated_prefix"], dedicated["dedicated_full"]
+    free_text = [first["beats_base"]["by_task"][task] for task in ("scitldr_abstract", "trec_factoid")]
+    expected = [
+        f"to {given('sick', ours)} of the queries of sick and to {given('boolq_short', ours)} of those of boolq_short",
+        f"to {given('boolq_short', base)} of boolq_short, {given('sms_spam', base)} of sms_spam and "
+        f"{given('tweet_emotion', base)} of tweet_emotion",
+        f"ours has {validation['4']:.1f} at 4 shots and {validation['max']:.1f} at max",
+        f"costs ours {causes['choice'][ours]['cost']:.1f} points and `few_shot_16` {causes['choice']['few_shot_16']['cost']:.1f}",
+        f"is +{by_task['sick']['value']:.1f} there ({by_task['sick']['low']:.1f} to {by_task['sick']['high']:.1f})",
+        f"is {others:.1f}, where the claim has {few['at_best_shots']['value']:.1f}",
+        f"by {min(gains):.1f} to {max(gains):.1f} points",
+        f"Ours is {again['beats_base']['at_best_shots']['value']:.1f} points ahead of it "
+        f"({again['beats_base']['at_best_shots']['low']:.1f} to {again['beats_base']['at_best_shots']['high']:.1f})",
+        f"ahead of ours by {-again['beats_few_shot']['at_best_shots']['value']:.1f} points at the shots chosen (not shown)",
+        f"at max `few_shot_16` by {interval(again['beats_few_shot']['at_max'], -1)}",
+        f"as close as {interval(prefix['difference'])}",
+        f"{100 * prefix['share_of_gain']['value']:.0f}% of its gain over the untuned model",
+        f"to {interval(full['difference'])} on the whole train split, {100 * full['share_of_gain']['value']:.0f}% of it",
+        f"ours is {free_text[0]['value']:.1f} points over no tuning ({free_text[0]['low']:.1f} to {free_text[0]['high']:.1f})",
+        f"on trec_factoid {interval(free_text[1])}",
+    ]
+    assert [words for words in expected if words not in page] == []
+    for name, method in second["methods"].items():
+        own = [reading["held_out"][str(reading["best_shots"])]["value"] for reading in (found["methods"][name], method)]
+        assert name == "classic" or f"| {name} | {own[0]:.1f} | {own[1]:.1f} |" in page
+    assert first["beats_few_shot"]["against"] == "few_shot_5"
+    assert again["beats_few_shot"]["against"] == "few_shot_16"
+    assert [reading["best_shots"] for reading in found["methods"].values()].count(4) == 6
+    assert {one["highest"] for one in causes["choice"].values()} == {"max"}
+    assert {claim["verdict"] for claim in again.values()} == {"not shown"}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/cells.json")), ids=lambda path: path.parent.name)

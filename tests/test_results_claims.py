@@ -292,6 +292,8 @@ def test_the_second_reading_calibrates_each_method_where_validation_tasks_want_i
     # h1 is read calibrated, h2 has no calibrated records and is read as it is: (30 + 90) / 2 less (50 + 50) / 2.
     assert found["at_best_shots"]["value"] == pytest.approx((30 + 90) / 2 - 50)
     assert claims["claims"] == make_claims(results)["claims"]  # The first reading stands.
+    assert second["one_label"]["h1"]["methods"]["all_answers"] == {"at_best_shots": 0.6, "at_max": 0.6}  # Right at 0, 1 and 2.
+    assert second["approaches_dedicated"] is None
 
 
 def test_the_second_reading_waits_for_all_methods(results):

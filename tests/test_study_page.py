@@ -96,10 +96,16 @@ def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any,
         "claims": results.claims["claims"],
         "methods": results.claims["methods"],
         "calibrated_validation": {"all_answers": {"0": 1.0, "16": 99.25}},
+        "one_label": results.claims["causes"]["one_label"],
+        "approaches_dedicated": results.claims["claims"]["approaches_dedicated"],
     }
     lines = page.second_reading_lines(results.claims | {"second_reading": second})
     plain = results.claims["methods"]["all_answers"]["validation"]
     best = max(plain, key=lambda count: plain[count])
     (row,) = [line for line in lines if line.startswith("| all_answers | ")]
     assert row.startswith(f"| all_answers | {plain[best]:.1f} at {best} | 99.2 at 16 | ")
+    assert lines[-len(page.dedicated_lines(second["approaches_dedicated"])) :] == page.dedicated_lines(
+        second["approaches_dedicated"]
+    )
+    assert set(page.one_label_lines(second["one_label"])[:-2]) <= set(lines)
     assert page.second_reading_lines({"second_reading": None}) == ["Not evaluated yet."]

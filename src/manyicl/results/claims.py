@@ -13,7 +13,7 @@ import numpy as np
 
 from manyicl.records import EvaluationRecord, Shots
 from manyicl.results.calibrated import CALIBRATED, calibrated_model, with_calibrated
-from manyicl.results.causes import budget_curves, find_causes, spread_over_training_seeds
+from manyicl.results.causes import budget_curves, find_causes, one_label_shares, spread_over_training_seeds
 from manyicl.results.contrasts import (
     Cells,
     TaskTerms,
@@ -100,9 +100,11 @@ def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots
         chosen[name] = other if is_better else plain
     if not validation:
         return None
-    few_shot = better_few_shot(chosen)
+    few_shot, ours = better_few_shot(chosen), chosen.get(OURS)
     return {
         "calibrated_validation": validation,
+        "approaches_dedicated": dedicated_claim(cells, ours.model, ours.best_shots) if ours else None,
+        "one_label": one_label_shares(cells, chosen),
         "methods": {name: method_summary(cells, reading, shots) for name, reading in chosen.items()},
         "claims": {name: claim for name, claim in compare_all(cells, chosen).items() if claim},
         "few_shot_variant": few_shot.method if few_shot else None,

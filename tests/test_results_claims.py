@@ -292,6 +292,12 @@ def test_the_second_reading_calibrates_each_method_where_validation_tasks_want_i
     # h1 is read calibrated, h2 has no calibrated records and is read as it is: (30 + 90) / 2 less (50 + 50) / 2.
     assert found["at_best_shots"]["value"] == pytest.approx((30 + 90) / 2 - 50)
     assert claims["claims"] == make_claims(results)["claims"]  # The first reading stands.
+    # Ours has 60, and the others 50, 90 and 40; tuned methods less the last.
+    ours_less = {name: one["at_best_shots"]["value"] for name, one in second["pairs"]["ours_less"].items()}
+    assert ours_less == {"few_shot_5": 10.0, "few_shot_16": -30.0, "in_context": 20.0}
+    less_untuned = {name: one["at_best_shots"]["value"] for name, one in second["pairs"]["less_untuned"].items()}
+    assert less_untuned == {"all_answers": 20.0, "few_shot_5": 10.0, "few_shot_16": 50.0}
+    assert found["without_task"]["at_best_shots"] == {"h1": 40.0, "h2": -20.0}
     assert second["one_label"]["h1"]["methods"]["all_answers"] == {"at_best_shots": 0.6, "at_max": 0.6}  # Right at 0, 1 and 2.
     assert second["approaches_dedicated"] is None
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manyicl.reporting.findings import BASE_METHOD, DEDICATED, Findings, in_sentence, method_label
+from manyicl.reporting.findings import DEDICATED, Findings, in_sentence, method_label
 from manyicl.reporting.tables import Column, Table, Value, count_words, join_words, show_estimate, show_interval, show_number
 from manyicl.results.calibrated import calibrated_model
 from manyicl.results.claims import AIMS
-from manyicl.results.readings import OURS, ZERO_SHOT
+from manyicl.results.readings import BASE_METHOD, OURS, ZERO_SHOT
 
 _COMPARED = {
     "beats_few_shot": "beats few-shot tuning",

@@ -5,10 +5,10 @@ from typing import Any
 
 from manyicl.reporting.charts import Names, Point, Series, line_chart, number_axis
 from manyicl.reporting.curves import SCORE, Figure, legend
-from manyicl.reporting.findings import BASE_METHOD, Findings, in_sentence, method_label
+from manyicl.reporting.findings import Findings, in_sentence, method_label
 from manyicl.reporting.tables import Column, Table, Value, count_words, show_bytes, show_estimate, show_number, show_seconds
 from manyicl.results.files import CellFacts, ModelFacts
-from manyicl.results.readings import OURS
+from manyicl.results.readings import BASE_METHOD, OURS
 
 BUDGETS = {"tokens": "tokens fed", "target_answers": "answers that were targets", "seconds": "seconds of updates"}
 

@@ -7,14 +7,14 @@ from typing import Any
 from manyicl.records import EvaluationRecord, Shots
 from manyicl.reporting.charts import SMALL, DotRow, Names, Point, Series, dot_chart, line_chart, number_axis
 from manyicl.reporting.curves import SCORE, Figure, difference_figure, interval_point, legend
-from manyicl.reporting.findings import BASE_METHOD, DEDICATED, NUM_DRAWS, Findings, in_sentence, method_label, shots_axis
+from manyicl.reporting.findings import DEDICATED, NUM_DRAWS, Findings, in_sentence, method_label, shots_axis
 from manyicl.reporting.tables import Column, Table, Value, join_words, show_estimate, show_interval, show_number
 from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.dedicated import LEAST_GAIN
 from manyicl.results.files import BASE
 from manyicl.results.forgetting_card import CHAT
-from manyicl.results.readings import OURS
+from manyicl.results.readings import BASE_METHOD, OURS
 
 
 def forgetting_against_gain(findings: Findings) -> Figure | None:

@@ -10,9 +10,8 @@ from manyicl.reporting.charts import Axis
 from manyicl.results.claims import make_claims
 from manyicl.results.contrasts import Cells
 from manyicl.results.files import StudyResults
-from manyicl.results.readings import OURS, ZERO_SHOT, final_models
+from manyicl.results.readings import BASE_METHOD, OURS, ZERO_SHOT, final_models
 
-BASE_METHOD = "in_context"
 DEDICATED = ("dedicated_prefix", "dedicated_full")
 NUM_DRAWS = 500  # Of the intervals that only figures show; those of claims take more.
 

@@ -6,6 +6,7 @@ validation tasks. A second reading, where it was evaluated, lets each method be 
 validation tasks (see `calibrated`); the first stands beside it. See `contrasts` for intervals.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from manyicl.results.contrasts import (
     TaskTerms,
     Term,
     estimate,
+    headline_value,
     task_estimate,
     terms_at,
     verdict,
@@ -27,7 +29,7 @@ from manyicl.results.contrasts import (
 from manyicl.results.dedicated import dedicated_claim, overtaking
 from manyicl.results.files import StudyResults
 from manyicl.results.forgetting_card import forgetting_card
-from manyicl.results.readings import OURS, ZERO_SHOT, Reading, better_few_shot, final_models, read_method
+from manyicl.results.readings import BASE_METHOD, OURS, ZERO_SHOT, Reading, better_few_shot, final_models, read_method
 
 AIMS = {"few_shot": 5.0, "zero_shot": 8.0}
 
@@ -58,6 +60,7 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
         "overtaking": overtaking(cells, readings[OURS].model) if OURS in readings else [],
         "second_reading": second_reading(results, readings, shots),
         "variants": compare_variants(results, cells, readings),
+        "pairs": compare_pairs(cells, readings),
         "causes": find_causes(results, cells, readings, methods),
     }
 
@@ -68,9 +71,25 @@ def compare_all(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]
     return {
         "beats_few_shot": compare(cells, ours, better_few_shot(readings), aim=AIMS["few_shot"]),
         "beats_zero_shot": compare(cells, ours, readings.get(ZERO_SHOT), aim=AIMS["zero_shot"]),
-        "beats_base": compare(cells, ours, readings.get("in_context"), aim=None),
+        "beats_base": compare(cells, ours, readings.get(BASE_METHOD), aim=None),
         "beats_last_answer": compare(cells, ours, readings.get("last_answer"), aim=None),
     }
+
+
+def compare_pairs(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
+    """Ours less every other method, and every tuned method less the one that is not, whatever the claims name."""
+    found: dict[str, dict[str, Any]] = {}
+    for group, left, right in (
+        ("ours_less", [OURS], [name for name in readings if name != OURS]),
+        ("less_untuned", [name for name in readings if name not in (BASE_METHOD, "classic")], [BASE_METHOD]),
+    ):
+        found[group] = {}
+        for one, other in itertools.product(left, right):
+            terms = _at_both(cells, readings.get(one), readings.get(other))
+            if terms:
+                key = other if group == "ours_less" else one
+                found[group][key] = {name: estimate(own).as_json() for name, own in terms.items()}
+    return found
 
 
 def compare_variants(results: StudyResults, cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]:
@@ -107,28 +126,49 @@ def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots
         "one_label": one_label_shares(cells, chosen),
         "methods": {name: method_summary(cells, reading, shots) for name, reading in chosen.items()},
         "claims": {name: claim for name, claim in compare_all(cells, chosen).items() if claim},
+        "pairs": compare_pairs(cells, chosen),
+        "more_shots_help": compare_slopes(cells, chosen, shots),
         "few_shot_variant": few_shot.method if few_shot else None,
     }
 
 
 def compare(cells: Cells, ours: Reading | None, other: Reading | None, *, aim: float | None) -> dict[str, Any] | None:
     """The difference of two methods on held-out tasks, in points: each at its best shots, and both at max."""
-    if ours is None or other is None:
+    terms = _at_both(cells, ours, other)
+    if ours is None or other is None or terms is None:
         return None
-    tasks = cells.tasks_of("held_out")
-    at_best = terms_at(cells, tasks, [(1.0, ours.model, ours.best_shots), (-1.0, other.model, other.best_shots)])
-    at_max = terms_at(cells, tasks, [(1.0, ours.model, "max"), (-1.0, other.model, "max")])
-    if not at_best or not at_max:
-        return None
+    at_best, at_max = terms["at_best_shots"], terms["at_max"]
     found = estimate(at_best)
     return {
         "against": other.method,
         "at_best_shots": found.as_json(),
         "at_max": estimate(at_max).as_json(),
+        "without_task": {name: _without_each(own) for name, own in terms.items()},
         "best_shots": {ours.method: ours.best_shots, other.method: other.best_shots},
         "by_task": {task: task_estimate(terms).as_json() for task, terms in at_best.items()},
         "aim": aim,
         "verdict": verdict(found),
+    }
+
+
+def _at_both(cells: Cells, ours: Reading | None, other: Reading | None) -> dict[str, TaskTerms] | None:
+    """The contrast of two methods on the held-out tasks, each at its best shots, and both at max; None where one is missing."""
+    if ours is None or other is None:
+        return None
+    tasks = cells.tasks_of("held_out")
+    found = {
+        "at_best_shots": terms_at(cells, tasks, [(1.0, ours.model, ours.best_shots), (-1.0, other.model, other.best_shots)]),
+        "at_max": terms_at(cells, tasks, [(1.0, ours.model, "max"), (-1.0, other.model, "max")]),
+    }
+    return found if all(found.values()) else None
+
+
+def _without_each(tasks: TaskTerms) -> dict[str, float]:
+    """The headline without each task, in points: what hangs on one of them."""
+    return {
+        task: round(headline_value({name: terms for name, terms in tasks.items() if name != task}), 3)
+        for task in tasks
+        if len(tasks) > 1
     }
 
 
@@ -153,7 +193,7 @@ def compare_slopes(cells: Cells, readings: Mapping[str, Reading], shots: Sequenc
     counts = [count for count in shots if count != 0]
     tasks = cells.tasks_of("held_out")
     slopes: dict[str, TaskTerms] = {}
-    for method in (OURS, "in_context"):
+    for method in (OURS, BASE_METHOD):
         if method not in readings:
             return None
         model = readings[method].model
@@ -162,12 +202,12 @@ def compare_slopes(cells: Cells, readings: Mapping[str, Reading], shots: Sequenc
             return None
         slopes[method] = found
     difference = {
-        task: [*slopes[OURS][task], *(Term(-term.weight, term.records) for term in slopes["in_context"][task])] for task in tasks
+        task: [*slopes[OURS][task], *(Term(-term.weight, term.records) for term in slopes[BASE_METHOD][task])] for task in tasks
     }
-    own, base, gained = (estimate(terms) for terms in (slopes[OURS], slopes["in_context"], difference))
+    own, base, gained = (estimate(terms) for terms in (slopes[OURS], slopes[BASE_METHOD], difference))
     return {
         OURS: own.as_json(),
-        "in_context": base.as_json(),
+        BASE_METHOD: base.as_json(),
         "difference": gained.as_json(),
         "verdict": verdict(own),
     }

@@ -8,6 +8,7 @@ from manyicl.results.contrasts import Cells, headline_value, terms_at
 from manyicl.results.files import BASE, StudyResults
 
 OURS = "all_answers"
+BASE_METHOD = "in_context"
 FEW_SHOT = ("few_shot_5", "few_shot_16")
 ZERO_SHOT = "zero_shot"
 

@@ -61,6 +61,19 @@ def difference_lines(claims: dict[str, Any], names: dict[str, str]) -> list[str]
     return lines
 
 
+def pair_lines(pairs: dict[str, dict[str, Any]]) -> list[str]:
+    """Ours less every other method, and every tuned method less the untuned one."""
+    names = list(dict.fromkeys([*pairs["ours_less"], *pairs["less_untuned"]]))
+    lines = [
+        "| method | ours less it, best shots | at max | it less in_context, best shots | at max |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in names:
+        found = (pairs[group].get(name, {}).get(place) for group in pairs for place in ("at_best_shots", "at_max"))
+        lines.append(f"| {name} | {' | '.join(points(one) for one in found)} |")
+    return lines if names else []
+
+
 def method_lines(methods: dict[str, Any], shots: list[Any]) -> list[str]:
     """Each method's headline by shots, at its best shots, and its worst order."""
     lines = [
@@ -91,7 +104,7 @@ def second_reading_lines(found: dict[str, Any]) -> list[str]:
             for values in (plain, calibrated)
         ]
         lines.append(f"| {name} | {best[0]} | {best[1]} | {points(method['held_out'].get(str(method['best_shots'])))} |")
-    lines += ["", *one_label_lines(second["one_label"])]
+    lines += ["", *pair_lines(second["pairs"]), "", *one_label_lines(second["one_label"])]
     if second["approaches_dedicated"]:
         lines += ["Ours so read against dedicated tuning:", "", *dedicated_lines(second["approaches_dedicated"])]
     return lines
@@ -200,7 +213,13 @@ def one_label_lines(found: dict[str, Any]) -> list[str]:
     note = (
         "Percent of the queries that are given a method's commonest label, at its best shots and at max. Where that is near 100,"
     )
-    return [*lines, "", f"{note} the method", "reads nothing of the query, and its score is the share of that label.", ""]
+    return [
+        *lines,
+        "",
+        f"{note} the method",
+        "reads nothing of the query: accuracy is the share of that label, macro-F1 is low.",
+        "",
+    ]
 
 
 def cause_lines(causes: dict[str, Any]) -> list[str]:
@@ -278,6 +297,7 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
             difference_lines(found["variants"], {name: name for name in recipe["variants"]}),
             recipe["variants"],
         ),
+        ("All pairs", pair_lines(found["pairs"]), True),
         ("Methods by shots", method_lines(found["methods"], recipe["shots"]), True),
         ("The second reading: calibrated where validation tasks want it", second_reading_lines(found), recipe.get("calibrated")),
         ("Against dedicated tuning", dedicated_lines(claims.get("approaches_dedicated")), "dedicated" in methods),

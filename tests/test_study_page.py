@@ -96,6 +96,7 @@ def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any,
         "claims": results.claims["claims"],
         "methods": results.claims["methods"],
         "calibrated_validation": {"all_answers": {"0": 1.0, "16": 99.25}},
+        "pairs": results.claims["pairs"],
         "one_label": results.claims["causes"]["one_label"],
         "approaches_dedicated": results.claims["claims"]["approaches_dedicated"],
     }
@@ -107,5 +108,9 @@ def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any,
     assert lines[-len(page.dedicated_lines(second["approaches_dedicated"])) :] == page.dedicated_lines(
         second["approaches_dedicated"]
     )
+    own = results.claims["pairs"]["ours_less"]["zero_shot"]
+    tuned = results.claims["pairs"]["less_untuned"]["zero_shot"]
+    shown = " | ".join(page.points(one[place]) for one in (own, tuned) for place in ("at_best_shots", "at_max"))
+    assert f"| zero_shot | {shown} |" in lines
     assert set(page.one_label_lines(second["one_label"])[:-2]) <= set(lines)
     assert page.second_reading_lines({"second_reading": None}) == ["Not evaluated yet."]

@@ -33,8 +33,8 @@ def one_label_shares(findings: Findings) -> Figure | None:
         *(Column(name, digits=0) for name in ("commonest answer at its best shots, %", "at max, %", "commonest right label, %")),
     )
     sentence = (
-        "Held-out label tasks. A method that gives one label to nearly all queries reads nothing of them; its score is that "
-        "label's share, and moves with whatever moves the label."
+        "Held-out label tasks. A method that gives one label to nearly all queries reads nothing of them; its accuracy is that "
+        "label's share, its macro-F1 is low, and both move with whatever moves the label."
     )
     table = Table(columns, rows)
     return Figure("causes-labels", "How often one label is given", sentence, table, is_table_open=True) if rows else None

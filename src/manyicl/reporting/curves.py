@@ -18,7 +18,6 @@ from manyicl.reporting.charts import (
     number_axis,
 )
 from manyicl.reporting.findings import (
-    BASE_METHOD,
     DEDICATED,
     NUM_DRAWS,
     Findings,
@@ -28,7 +27,7 @@ from manyicl.reporting.findings import (
 )
 from manyicl.reporting.tables import Column, Table, count_words, show_estimate, show_number
 from manyicl.results.contrasts import Term, estimate, task_value, terms_at, worst_order
-from manyicl.results.readings import OURS
+from manyicl.results.readings import BASE_METHOD, OURS
 
 SCORE = "score, 0-100"
 SHOTS = "demonstrations (shots), log scale"

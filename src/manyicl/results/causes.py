@@ -182,7 +182,7 @@ def costs_of_choice(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 def one_label_shares(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
     """How often each method gives its commonest label on each held-out label task, beside how often a label is right.
 
-    A method that gives one label to nearly all queries reads nothing of them; its score is that label's share, by luck.
+    A method that gives one label to nearly all queries reads nothing of them; its accuracy is that label's share, by luck.
 
     Returns:
         For each task `right`, the share of the commonest right label, and for each method its shares `at_best_shots` and

@@ -103,8 +103,7 @@ def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any,
     lines = page.second_reading_lines(results.claims | {"second_reading": second})
     plain = results.claims["methods"]["all_answers"]["validation"]
     best = max(plain, key=lambda count: plain[count])
-    (row,) = [line for line in lines if line.startswith("| all_answers | ")]
-    assert row.startswith(f"| all_answers | {plain[best]:.1f} at {best} | 99.2 at 16 | ")
+    assert any(line.startswith(f"| all_answers | {plain[best]:.1f} at {best} | 99.2 at 16 | ") for line in lines)
     assert lines[-len(page.dedicated_lines(second["approaches_dedicated"])) :] == page.dedicated_lines(
         second["approaches_dedicated"]
     )

@@ -266,7 +266,15 @@ def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
         f"ours gains {shown(slopes[ours], ' points a doubling')}, not shown; untuned {shown(slopes[base])}",
         f"ours is {shown(free_text[0], ' points over no tuning at 4 shots')}, on trec_factoid {shown(free_text[1])}",
     ]
+    seeds = causes["by_seed"]["few_shot_5"]["max"]
+    moved = {name: max(own["max"].values()) - min(own["max"].values()) for name, own in found["training_seeds"].items()}
+    one, two = (own["value"] for own in seeds["by_seed"].values())
+    expected += [
+        f"moves ours by {moved[ours]:.1f} points at max and `few_shot_5` by {moved['few_shot_5']:.1f}",
+        f"is {one:.1f} with the first and {two:.1f} with the second, {shown(seeds['mean'], ' on the mean')}",
+    ]
     assert [words for words in expected if words not in page] == []
+    assert shown(seeds["mean"], " on the mean") in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:

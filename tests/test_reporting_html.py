@@ -39,6 +39,10 @@ FIGURES = [
     "dedicated-differences",
     "overtaking",
     "training-seeds",
+    "causes-labels",
+    "causes-choice",
+    "causes-seeds",
+    "causes-budget",
     "left-out-family",
     "training-costs",
     "work",
@@ -251,6 +255,7 @@ def test_sections_stand_in_reading_order(results: StudyResults) -> None:
         "robustness",
         "dedicated",
         "seeds",
+        "causes",
         "family",
         "costs",
     ]

@@ -234,6 +234,7 @@ def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
     gains = [max(own.values()) - max(found["methods"][name]["validation"].values()) for name, own in known.items()]
     few, sick = first["beats_few_shot"], first["beats_few_shot"]["by_task"]["sick"]
     again, slopes, dedicated = second["claims"], second["more_shots_help"], second["approaches_dedicated"]
+    led, lead = again["beats_few_shot"], again["beats_base"]
     less, tuned = second["pairs"]["ours_less"], second["pairs"]["less_untuned"]
     free_text = [first["beats_base"]["by_task"][task] for task in ("scitldr_abstract", "trec_factoid")]
 
@@ -257,8 +258,8 @@ def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
         f"behind `few_shot_5` by {shown(less['few_shot_5']['at_best_shots'], sign=-1)}",
         f"`reweighted` by {shown(less['reweighted']['at_best_shots'], sign=-1)}",
         f"at max `few_shot_16` by {shown(less['few_shot_16']['at_max'], sign=-1)}",
-        f"without it the 5.8 are {-again['beats_few_shot']['without_task']['at_max']['sick']:.1f}",
-        f"over the untuned model is {again['beats_base']['without_task']['at_best_shots']['sick']:.1f} in place of 1.9",
+        f"without it the {-led['at_max']['value']:.1f} are {-led['without_task']['at_max']['sick']:.1f}",
+        f"untuned model is {lead['without_task']['at_best_shots']['sick']:.1f} in place of {lead['at_best_shots']['value']:.1f}",
         f"as close as {shown(dedicated['dedicated_prefix']['difference'])}",
         f"{100 * dedicated['dedicated_prefix']['share_of_gain']['value']:.0f}% of its gain over the untuned model",
         f"to {shown(dedicated['dedicated_full']['difference'])} on the whole train split",
@@ -290,12 +291,13 @@ def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:
     assert {claim["verdict"] for claim in second["claims"].values()} == {"not shown"}
     assert second["methods"]["zero_shot"]["best_shots"] == 16
     records = read_records(RESULTS / "study" / "records.jsonl.gz")
-    at_max = [one for one in records if (one.model, one.shots, one.condition) == ("all_answers/seed-0", "max", "")]
-    labels = {one.task: {*one.queries.predicted} for one in at_max}
-    assert [task for task in ("snli_sample", "tweet_irony", "subjectivity") if len(labels[task]) == 1] == [
-        "snli_sample",
-        "tweet_irony",
-    ]
+    own = [one for one in records if (one.model, one.shots, one.condition) == ("all_answers/seed-0", "max", "")]
+    validation = [one for one in own if one.role == "validation"]
+    labels: dict[str, int] = {}
+    for one in validation:
+        labels[one.task] = max(labels.get(one.task, 0), len({*one.queries.predicted}))
+    assert sorted(labels) == ["snli_sample", "subjectivity", "tweet_irony"]
+    assert {task for task, count in labels.items() if count == 1} == {"snli_sample", "tweet_irony"}  # In every order.
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/cells.json")), ids=lambda path: path.parent.name)

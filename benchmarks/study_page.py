@@ -250,11 +250,14 @@ def family_lines(claim: dict[str, Any] | None) -> list[str]:
     """Ours less few-shot tuning where a whole family was left out of the training."""
     if not claim:
         return ["Not evaluated yet."]
-    tasks = ", ".join(f"{task} {points(found)}" for task, found in claim["by_task"].items())
-    return [
-        f"Trained without any {claim['family']} task, ours less {claim['against']} at max: {points(claim['at_max'])} "
-        f"({claim['verdict']}); {tasks}."
-    ]
+    lines = []
+    for method, found in claim["by_method"].items():
+        tasks = ", ".join(f"{task} {points(one)}" for task, one in found["by_task"].items())
+        lines.append(
+            f"- Trained without any {claim['family']} task, ours less {method} at max: {points(found['at_max'])} "
+            f"({found['verdict']}); {tasks}."
+        )
+    return lines
 
 
 def robustness_lines(results: StudyResults) -> list[str]:

@@ -156,7 +156,7 @@ def side_records() -> list[EvaluationRecord]:
     for seed in range(3):
         records.append(make_record(f"dedicated/sick/4-{seed}", "dedicated_4", "sick", 0, seed=seed, chance=0.3))
         records.append(make_record(f"dedicated/sick/16-{seed}", "dedicated_16", "sick", 0, seed=seed, chance=0.9))
-    for method, chance in (("all_answers", 0.7), ("few_shot_5", 0.5)):
+    for method, chance in (("all_answers", 0.7), ("few_shot_5", 0.5), ("few_shot_16", 0.6)):
         records += [
             make_record(f"{method}/family/seed-0", method, task, "max", seed=seed, chance=chance)
             for task in ("sick", "rte")
@@ -196,7 +196,8 @@ def study_models(methods: Sequence[str]) -> list[ModelFacts]:
         models.append(model_facts(model_of(method), method))
         if method != "few_shot_5":
             models.append(model_facts(model_of(method, seed=1), method, seed=1))
-    models += [model_facts(f"{method}/family/seed-0", method, setting="family") for method in ("all_answers", "few_shot_5")]
+    left_out = ("all_answers", "few_shot_5", "few_shot_16")
+    models += [model_facts(f"{method}/family/seed-0", method, setting="family") for method in left_out]
     return [*models, model_facts("dedicated/sick/full", "dedicated_full", task="sick")]
 
 

@@ -302,7 +302,10 @@ def left_out_family(findings: Findings) -> Figure | None:
         f"{show_number(mean['value'], is_signed=True)} points at max shots, 95% interval {show_interval(mean)}: "
         f"{claim['verdict']}."
     )
-    found = [(label, findings.style(claim["against"]), {"mean": mean, **claim["by_task"]})]
+    found = [
+        (method_label(method), findings.style(method), {"mean": one["at_max"], **one["by_task"]})
+        for method, one in claim["by_method"].items()
+    ]
     return difference_figure("left-out-family", "A whole family left out", sentence, found)
 
 

@@ -29,7 +29,7 @@ from manyicl.results.contrasts import (
 from manyicl.results.dedicated import dedicated_claim, overtaking
 from manyicl.results.files import StudyResults
 from manyicl.results.forgetting_card import forgetting_card
-from manyicl.results.readings import BASE_METHOD, OURS, ZERO_SHOT, Reading, better_few_shot, final_models, read_method
+from manyicl.results.readings import BASE_METHOD, FEW_SHOT, OURS, ZERO_SHOT, Reading, better_few_shot, final_models, read_method
 
 AIMS = {"few_shot": 5.0, "zero_shot": 8.0}
 
@@ -41,7 +41,8 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
     shots: list[Shots] = list(results.recipe.get("shots", []))
     readings = {name: reading for name, model in models.items() if (reading := read_method(cells, name, model, shots))}
     few_shot = better_few_shot(readings)
-    claims: dict[str, Any] = compare_all(cells, readings) | {
+    differences = compare_all(cells, readings)
+    claims: dict[str, Any] = differences | {
         "approaches_dedicated": dedicated_claim(cells, readings[OURS].model, readings[OURS].best_shots)
         if OURS in readings
         else None,
@@ -60,7 +61,7 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
         "overtaking": overtaking(cells, readings[OURS].model) if OURS in readings else [],
         "second_reading": second_reading(results, readings, shots),
         "variants": compare_variants(results, cells, readings),
-        "pairs": compare_pairs(cells, readings),
+        "pairs": compare_pairs(cells, readings, differences),
         "causes": find_causes(results, cells, readings, methods),
     }
 
@@ -76,8 +77,17 @@ def compare_all(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, Any]
     }
 
 
-def compare_pairs(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
-    """Ours less every other method, and every tuned method less the one that is not, whatever the claims name."""
+def compare_pairs(
+    cells: Cells, readings: Mapping[str, Reading], differences: Mapping[str, Mapping[str, Any] | None]
+) -> dict[str, dict[str, Any]]:
+    """Ours less every other method, and every tuned method less the one that is not, whatever the claims name.
+
+    Args:
+        differences: What `compare_all` found for these readings; a pair that is among them is not estimated again.
+    """
+    known = {
+        claim["against"]: {name: claim[name] for name in ("at_best_shots", "at_max")} for claim in differences.values() if claim
+    }
     found: dict[str, dict[str, Any]] = {}
     for group, left, right in (
         ("ours_less", [OURS], [name for name in readings if name != OURS]),
@@ -85,9 +95,10 @@ def compare_pairs(cells: Cells, readings: Mapping[str, Reading]) -> dict[str, di
     ):
         found[group] = {}
         for one, other in itertools.product(left, right):
-            terms = _at_both(cells, readings.get(one), readings.get(other))
-            if terms:
-                key = other if group == "ours_less" else one
+            key = other if group == "ours_less" else one
+            if one == OURS and other in known:
+                found[group][key] = known[other]
+            elif terms := _at_both(cells, readings.get(one), readings.get(other)):
                 found[group][key] = {name: estimate(own).as_json() for name, own in terms.items()}
     return found
 
@@ -120,13 +131,14 @@ def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots
     if not validation:
         return None
     few_shot, ours = better_few_shot(chosen), chosen.get(OURS)
+    differences = compare_all(cells, chosen)
     return {
         "calibrated_validation": validation,
         "approaches_dedicated": dedicated_claim(cells, ours.model, ours.best_shots) if ours else None,
         "one_label": one_label_shares(cells, chosen),
         "methods": {name: method_summary(cells, reading, shots) for name, reading in chosen.items()},
-        "claims": {name: claim for name, claim in compare_all(cells, chosen).items() if claim},
-        "pairs": compare_pairs(cells, chosen),
+        "claims": {name: claim for name, claim in differences.items() if claim},
+        "pairs": compare_pairs(cells, chosen, differences),
         "more_shots_help": compare_slopes(cells, chosen, shots),
         "few_shot_variant": few_shot.method if few_shot else None,
     }
@@ -226,20 +238,25 @@ def _slope_terms(cells: Sequence[Sequence[EvaluationRecord]]) -> list[Term]:
 
 
 def family_claim(results: StudyResults, cells: Cells, few_shot: Reading | None) -> dict[str, Any] | None:
-    """Ours against few-shot tuning where a whole family was left out of the training, at max."""
+    """Ours less few-shot tuning where a whole family was left out of the training, at max.
+
+    Returns:
+        The claim is against the variant that validation tasks choose, as everywhere; `by_method` holds the difference to each.
+    """
     finals = {facts.method: facts.model for facts in results.models if facts.is_final and facts.setting == "family"}
     setting = results.recipe.get("held_out_family") or {}
-    other = few_shot.method if few_shot else ""
-    if OURS not in finals or other not in finals:
+    by_method: dict[str, dict[str, Any]] = {}
+    for other in FEW_SHOT:
+        if OURS in finals and other in finals:
+            terms = terms_at(cells, setting.get("held_out", []), [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
+            if terms:
+                found = estimate(terms)
+                by_method[other] = {
+                    "at_max": found.as_json(),
+                    "by_task": {task: task_estimate(own).as_json() for task, own in terms.items()},
+                    "verdict": verdict(found),
+                }
+    if few_shot is None or few_shot.method not in by_method:
         return None
-    terms = terms_at(cells, setting.get("held_out", []), [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
-    if not terms:
-        return None
-    found = estimate(terms)
-    return {
-        "family": setting.get("family"),
-        "against": other,
-        "at_max": found.as_json(),
-        "by_task": {task: task_estimate(own).as_json() for task, own in terms.items()},
-        "verdict": verdict(found),
-    }
+    chosen = by_method[few_shot.method]
+    return {"family": setting.get("family"), "against": few_shot.method, **chosen, "by_method": by_method}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -222,6 +223,43 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     assert f"all that fit in {recipe['context_tokens']:,} tokens" in readme
 
 
+def test_the_readme_shows_the_training_seeds_of_the_study() -> None:
+    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))["causes"]["by_seed"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = {"few_shot_5": "few-shot tuning on 5", "few_shot_16": "few-shot tuning on 16", "zero_shot": "zero-shot tuning"}
+    for name, words in names.items():
+        seeds, mean = found[name]["max"]["by_seed"], found[name]["max"]["mean"]
+        values = ", ".join(f"{seeds[seed]['value']:.1f}" for seed in ("0", "1", "2"))
+        assert f"| {words} | {values} | {mean['value']:.1f} ({mean['low']:.1f} to {mean['high']:.1f}) |" in readme
+    assert {name: found[name]["max"]["verdict"] for name in names} == dict.fromkeys(names, "holds") | {"few_shot_16": "not shown"}
+    assert len(found) == len(names)
+
+
+def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
+    points = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))["overtaking"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    by_count: dict[Any, list[Any]] = {}
+    for point in points:
+        by_count.setdefault(point["examples"], []).append(point)
+    held = [point["our_demonstrations"] for point in by_count[256]]
+    assert held == [point["our_demonstrations"] for point in by_count["all"]]
+    names = {
+        16: "16",
+        64: "64",
+        256: f"256 ({held[0]}, {held[1]} and {held[2]} of them fit)",
+        "all": "whole train split (the same fit)",
+    }
+    assert list(by_count) == list(names)
+    for count, words in names.items():
+        assert [point["task"] for point in by_count[count]] == ["snips_intent", "trec_question_type", "tweet_emotion"]
+        ours, dedicated = (
+            ", ".join(f"{point[name]['value']:.1f}" for point in by_count[count]) for name in ("ours", "dedicated")
+        )
+        assert f"| {words} | {ours} | {dedicated} |" in readme
+    ahead = {count: sum(one["ours"]["value"] > one["dedicated"]["value"] for one in own) for count, own in by_count.items()}
+    assert ahead == {16: 3, 64: 3, 256: 2, "all": 0}
+
+
 def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
     page = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
     found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
@@ -267,15 +305,21 @@ def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
         f"ours gains {shown(slopes[ours], ' points a doubling')}, not shown; untuned {shown(slopes[base])}",
         f"ours is {shown(free_text[0], ' points over no tuning at 4 shots')}, on trec_factoid {shown(free_text[1])}",
     ]
-    seeds = causes["by_seed"]["few_shot_5"]["max"]
     moved = {name: max(own["max"].values()) - min(own["max"].values()) for name, own in found["training_seeds"].items()}
-    one, two = (own["value"] for own in seeds["by_seed"].values())
+    left_out = found["family"]["by_method"]
+    assert {one["verdict"] for one in left_out.values()} == {"not shown"}
+    sixteen, five = (causes["by_seed"][name]["max"] for name in ("few_shot_16", "few_shot_5"))
     expected += [
-        f"moves ours by {moved[ours]:.1f} points at max and `few_shot_5` by {moved['few_shot_5']:.1f}",
-        f"is {one:.1f} with the first and {two:.1f} with the second, {shown(seeds['mean'], ' on the mean')}",
+        f"ours moves by {moved[ours]:.1f} points at max, `few_shot_5` by {moved['few_shot_5']:.1f}, `few_shot_16` by "
+        f"{moved['few_shot_16']:.1f} and `zero_shot` by {moved['zero_shot']:.1f}",
+        f"ours less `few_shot_16` is {shown(sixteen['mean'])}, where one seed has {sixteen['by_seed']['0']['value']:.1f}",
+        f"`few_shot_5` at max is {shown(left_out['few_shot_5']['at_max'])} on rte and sick, less `few_shot_16` "
+        f"{shown(left_out['few_shot_16']['at_max'])}: not shown",
+        f"without sms_spam the {five['mean']['value']:.1f} over `few_shot_5` are {five['without_task']['sms_spam']:.1f} and the "
+        f"{causes['by_seed']['zero_shot']['max']['mean']['value']:.1f} over `zero_shot` are "
+        f"{causes['by_seed']['zero_shot']['max']['without_task']['sms_spam']:.1f}",
     ]
     assert [words for words in expected if words not in page] == []
-    assert shown(seeds["mean"], " on the mean") in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:
@@ -290,6 +334,9 @@ def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:
     assert {one["highest"] for one in found["causes"]["choice"].values()} == {"max"}
     assert {claim["verdict"] for claim in second["claims"].values()} == {"not shown"}
     assert second["methods"]["zero_shot"]["best_shots"] == 16
+    by_seed = {name: own["max"] for name, own in found["training_seeds"].items()}
+    assert min(by_seed["all_answers"], key=by_seed["all_answers"].__getitem__) == "0"
+    assert max(by_seed["few_shot_16"], key=by_seed["few_shot_16"].__getitem__) == "0"
     records = read_records(RESULTS / "study" / "records.jsonl.gz")
     own = [one for one in records if (one.model, one.shots, one.condition) == ("all_answers/seed-0", "max", "")]
     validation = [one for one in own if one.role == "validation"]
@@ -298,6 +345,11 @@ def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:
         labels[one.task] = max(labels.get(one.task, 0), len({*one.queries.predicted}))
     assert sorted(labels) == ["snli_sample", "subjectivity", "tweet_irony"]
     assert {task for task, count in labels.items() if count == 1} == {"snli_sample", "tweet_irony"}  # In every order.
+    left_out = [one for one in records if "/family/" in one.model]
+    assert sorted({one.task for one in left_out}) == ["rte", "sick"]
+    for one in left_out:
+        golds = Counter(one.queries.gold)
+        assert one.value <= max(golds.values()) / sum(golds.values())
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/cells.json")), ids=lambda path: path.parent.name)

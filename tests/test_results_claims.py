@@ -219,6 +219,7 @@ def test_differences_are_paired_by_seed_and_by_snapshot(results):
     assert (at_zero["mean"]["value"], at_zero["mean"]["low"] < 5.0 < at_zero["mean"]["high"]) == (5.0, True)
     assert {seed: one["value"] for seed, one in at_max["by_seed"].items()} == {"0": 0.0, "1": 20.0}
     assert [one["verdict"] for one in (at_zero, at_max)] == ["not shown", "holds"]
+    assert at_max["without_task"] == {"h1": 10.0, "h2": 10.0}
     assert set(causes["by_budget"]) == {"few_shot_5"}
     rows = causes["by_budget"]["few_shot_5"]
     assert [(row["tokens"], row["at_best_shots"]["value"], row["at_max"]["value"]) for row in rows] == [

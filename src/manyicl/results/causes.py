@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manyicl.records import Shots
-from manyicl.results.contrasts import Cells, TaskTerms, Term, estimate, headline_value, terms_at, verdict
+from manyicl.results.contrasts import Cells, TaskTerms, Term, estimate, headline_value, terms_at, verdict, without_each
 from manyicl.results.files import ModelFacts, StudyResults
 from manyicl.results.readings import OURS, Reading
 
@@ -53,7 +53,8 @@ def differences_by_seed(results: StudyResults, cells: Cells, others: Sequence[st
     The interval of the mean is over tasks, queries and orders of demonstrations, like every other; seeds are not drawn.
 
     Returns:
-        For each other method with two seeds or more and each number of shots: `by_seed`, `mean` and `verdict`.
+        For each other method with two seeds or more and each number of shots: `by_seed`, `mean` and `verdict`, and under
+        `without_task` the mean without each task.
     """
     models, tasks = models_by_seed(results), cells.tasks_of("held_out")
     found: dict[str, Any] = {}
@@ -66,11 +67,13 @@ def differences_by_seed(results: StudyResults, cells: Cells, others: Sequence[st
                 and (terms := terms_at(cells, tasks, [(1.0, own, shots), (-1.0, models[other][seed], shots)]))
             }
             if len(pairs) > 1:
-                mean = estimate(_mean_of(list(pairs.values())))
+                contrast = _mean_of(list(pairs.values()))
+                mean = estimate(contrast)
                 found.setdefault(other, {})[str(shots)] = {
                     "by_seed": {str(seed): estimate(terms).as_json() for seed, terms in pairs.items()},
                     "mean": mean.as_json(),
                     "verdict": verdict(mean),
+                    "without_task": without_each(contrast),
                 }
     return found
 

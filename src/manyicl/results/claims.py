@@ -20,10 +20,10 @@ from manyicl.results.contrasts import (
     TaskTerms,
     Term,
     estimate,
-    headline_value,
     task_estimate,
     terms_at,
     verdict,
+    without_each,
     worst_order,
 )
 from manyicl.results.dedicated import dedicated_claim, overtaking
@@ -155,7 +155,7 @@ def compare(cells: Cells, ours: Reading | None, other: Reading | None, *, aim: f
         "against": other.method,
         "at_best_shots": found.as_json(),
         "at_max": estimate(at_max).as_json(),
-        "without_task": {name: _without_each(own) for name, own in terms.items()},
+        "without_task": {name: without_each(own) for name, own in terms.items()},
         "best_shots": {ours.method: ours.best_shots, other.method: other.best_shots},
         "by_task": {task: task_estimate(terms).as_json() for task, terms in at_best.items()},
         "aim": aim,
@@ -173,15 +173,6 @@ def _at_both(cells: Cells, ours: Reading | None, other: Reading | None) -> dict[
         "at_max": terms_at(cells, tasks, [(1.0, ours.model, "max"), (-1.0, other.model, "max")]),
     }
     return found if all(found.values()) else None
-
-
-def _without_each(tasks: TaskTerms) -> dict[str, float]:
-    """The headline without each task, in points: what hangs on one of them."""
-    return {
-        task: round(headline_value({name: terms for name, terms in tasks.items() if name != task}), 3)
-        for task in tasks
-        if len(tasks) > 1
-    }
 
 
 def method_summary(cells: Cells, reading: Reading, shots: Sequence[Shots]) -> dict[str, Any]:

@@ -72,6 +72,15 @@ def headline_value(tasks: TaskTerms) -> float:
     return float(np.mean([np.mean([task_value(tasks[name]) for name in names]) for names in families.values()]))
 
 
+def without_each(tasks: TaskTerms) -> dict[str, float]:
+    """The headline without each task, in points: what hangs on one of them."""
+    return {
+        task: round(headline_value({name: terms for name, terms in tasks.items() if name != task}), 3)
+        for task in tasks
+        if len(tasks) > 1
+    }
+
+
 def task_value(terms: Sequence[Term]) -> float:
     """A task's contrast, mean over orders of demonstrations, in points."""
     return 100 * float(sum(term.weight * np.mean([record.value for record in term.records]) for term in terms))

@@ -232,7 +232,13 @@ def test_the_readme_shows_the_training_seeds_of_the_study() -> None:
         values = ", ".join(f"{seeds[seed]['value']:.1f}" for seed in ("0", "1", "2"))
         assert f"| {words} | {values} | {mean['value']:.1f} ({mean['low']:.1f} to {mean['high']:.1f}) |" in readme
     assert {name: found[name]["max"]["verdict"] for name in names} == dict.fromkeys(names, "holds") | {"few_shot_16": "not shown"}
+    assert {found[name]["0"]["verdict"] for name in names} == {"not shown"}
     assert len(found) == len(names)
+    five, zero = found["few_shot_5"]["max"], found["zero_shot"]["max"]
+    assert (
+        f"the {five['mean']['value']:.1f} and {zero['mean']['value']:.1f} are {five['without_task']['sms_spam']:.1f} and "
+        f"{zero['without_task']['sms_spam']:.1f}."
+    ) in " ".join(readme.split())
 
 
 def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
@@ -258,6 +264,8 @@ def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
         assert f"| {words} | {ours} | {dedicated} |" in readme
     ahead = {count: sum(one["ours"]["value"] > one["dedicated"]["value"] for one in own) for count, own in by_count.items()}
     assert ahead == {16: 3, 64: 3, 256: 2, "all": 0}
+    apart = [(point["task"], point["examples"]) for point in points if point["ours"]["low"] > point["dedicated"]["high"]]
+    assert apart == []
 
 
 def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
@@ -345,6 +353,12 @@ def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:
         labels[one.task] = max(labels.get(one.task, 0), len({*one.queries.predicted}))
     assert sorted(labels) == ["snli_sample", "subjectivity", "tweet_irony"]
     assert {task for task, count in labels.items() if count == 1} == {"snli_sample", "tweet_irony"}  # In every order.
+    spam = [one for one in records if (one.task, one.shots, one.condition) == ("sms_spam", "max", "")]
+    values = {name: [one.value for one in spam for seed in "012" if one.model == f"{name}/seed-{seed}"] for name in by_seed}
+    others = [one for one in spam for seed in "012" if one.model in (f"few_shot_5/seed-{seed}", f"zero_shot/seed-{seed}")]
+    assert (len(values["all_answers"]), len(others)) == (9, 18)
+    assert min(values["all_answers"]) > max(one.value for one in others)
+    assert min(Counter(one.queries.predicted).most_common(1)[0][1] for one in others) >= 94  # Of 100 queries.
     left_out = [one for one in records if "/family/" in one.model]
     assert sorted({one.task for one in left_out}) == ["rte", "sick"]
     for one in left_out:

@@ -237,16 +237,15 @@ def family_claim(results: StudyResults, cells: Cells, few_shot: Reading | None) 
     finals = {facts.method: facts.model for facts in results.models if facts.is_final and facts.setting == "family"}
     setting = results.recipe.get("held_out_family") or {}
     by_method: dict[str, dict[str, Any]] = {}
-    for other in FEW_SHOT:
-        if OURS in finals and other in finals:
-            terms = terms_at(cells, setting.get("held_out", []), [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
-            if terms:
-                found = estimate(terms)
-                by_method[other] = {
-                    "at_max": found.as_json(),
-                    "by_task": {task: task_estimate(own).as_json() for task, own in terms.items()},
-                    "verdict": verdict(found),
-                }
+    for other in (name for name in FEW_SHOT if OURS in finals and name in finals):
+        terms = terms_at(cells, setting.get("held_out", []), [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
+        if terms:
+            found = estimate(terms)
+            by_method[other] = {
+                "at_max": found.as_json(),
+                "by_task": {task: task_estimate(own).as_json() for task, own in terms.items()},
+                "verdict": verdict(found),
+            }
     if few_shot is None or few_shot.method not in by_method:
         return None
     chosen = by_method[few_shot.method]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manyicl import attention
 from manyicl.kernels import cpu_attention
+from manyicl.versions import library_versions
 
 # branches of queries, of keys, heads, key-value heads, query tokens, keys, head size, causal
 SHAPES = [
@@ -40,6 +41,7 @@ def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if library is None:
         pytest.skip("the kernel needs a processor with AVX512-BF16 and a C++ compiler")
     assert library.uses_amx() == (request.param == "amx")
+    assert cpu_attention.find_instructions() == request.param
     yield
     cpu_attention._load_once.cache_clear()
 
@@ -471,6 +473,16 @@ class TestFallback:
         assert [(record.levelname, record.message) for record in caplog.records] == [
             ("INFO", "MANYICL_CPU_KERNEL is off: attention uses torch's kernel.")
         ]
+
+    def test_versions_name_what_attention_runs_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MANYICL_CPU_KERNEL", "off")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert cpu_attention.find_instructions() is None
+        assert library_versions()["cpu_attention"] == "torch"
+        monkeypatch.setattr("manyicl.versions.find_instructions", lambda: "amx")
+        assert library_versions()["cpu_attention"] == "amx"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert "cpu_attention" not in library_versions()
 
     def test_another_processor(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setattr(cpu_attention, "cpu_flags", lambda: cpu_attention.FEATURES - {"avx512_bf16"})

@@ -28,6 +28,7 @@ LAYERS: dict[int, dict[str, tuple[str, ...]]] = {
         "modeling": ("default_model", "dtypes"),
         "gguf_export": ("modeling",),
         "kernels": ("default_model",),
+        "versions": ("kernels",),
         "activations": (),
         "attention": ("kernels",),
         "objective": ("attention",),

@@ -1,5 +1,6 @@
 """A study that is given more to do under way, and one that goes on from published results."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from manyicl.study.jobs import Study
 from manyicl.study.restore import restore_folder
 from manyicl.study.runner import work
 from manyicl.tasks.readers import load_suite
+from manyicl.versions import library_versions
 from model_fixtures import count_calls
 from study_fixtures import FAST, open_folder, statuses, study_maker, untimed
 
@@ -150,7 +152,7 @@ def test_a_restored_study_ends_as_one_that_was_not_interrupted(make, monkeypatch
     assert untimed(folder.gather()) == untimed(open_folder(recipe).gather())
 
 
-def test_a_training_that_ends_in_other_weights_has_its_cells_done_again(make, monkeypatch):
+def test_a_training_that_ends_in_other_weights_has_its_cells_done_again(make, monkeypatch, caplog):
     """As on another processor: here the published hash of the weights is another."""
     study = FAST | {"methods": ["all_answers", "classic"], "num_snapshots": 1}
     recipe = make(**study)
@@ -168,11 +170,15 @@ def test_a_training_that_ends_in_other_weights_has_its_cells_done_again(make, mo
     work(more)
     done = [cell.name for _, cell in calls]
     assert {name.partition("/")[0] for name in done} == {"train", "calibrated"}
-    cells.write_text(cells.read_text().replace(weights, "0" * 64), encoding="utf-8")
+    assert "other versions" not in caplog.text
+    torch = library_versions()["torch"]
+    text = cells.read_text().replace(weights, "0" * 64)
+    cells.write_text(text.replace(f'"torch":"{torch}"', '"torch":"1.0"'), encoding="utf-8")
     other = make("other", **study, calibrated=True)
     restore_folder(open_folder(other), results)
     calls.clear()
     work(other)
+    assert re.search(rf"train/all_answers/seed-0: is repeated .* \(torch 1\.0 -> {re.escape(torch)}\)", caplog.text)
     again = {cell.name for _, cell in calls} - set(done)
     assert again == {cell.name for cell in open_folder(recipe).cells if "train/all_answers/seed-0" in cell.needs}
     assert untimed(open_folder(other).gather())[:-1] == untimed(open_folder(more).gather())[:-1]

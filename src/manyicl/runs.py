@@ -6,10 +6,8 @@ runs/mine/
   checkpoints/   for --resume                    summary.json       written last: the run is finished
 """
 
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +38,7 @@ from manyicl.tasks.readers import load_suite, load_task, read_examples, read_que
 from manyicl.tasks.task import Example, Role, Task, TaskSuite
 from manyicl.training import TrainingResult, Validation, WholeModel, prepare_for_training, to_tensors, train_model
 from manyicl.training_plan import check_training_memory
+from manyicl.versions import library_versions
 
 logger = logging.getLogger(__name__)
 
@@ -159,14 +158,6 @@ def _check_rows(dataset: RowDataset) -> int:
             dataset.config.max_tokens,
         )
     return max(row.num_tokens for row in rows)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what results depend on, and the processor's capability."""
-    names = ("manyicl", "transformers", "peft", "accelerate")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    build = {"torch": torch.__version__}  # With its build, such as +cpu, which a wheel's metadata may leave out.
-    return versions | build | {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def _training_tasks(recipe: Recipe, suite: TaskSuite) -> tuple[Task, ...]:

@@ -67,6 +67,12 @@ def is_available() -> bool:
     return _library() is not None
 
 
+def find_instructions() -> str | None:
+    """What the kernel is compiled for, "amx" or "avx512"; None where it cannot run."""
+    library = _library()
+    return None if library is None else "amx" if library.uses_amx() else "avx512"
+
+
 def can_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> bool:
     """Whether the kernel takes these tensors and is there."""
     size = query.shape[-1]

@@ -29,12 +29,13 @@ from manyicl.results.files import BASE, CorpusFacts, HarnessFacts, ModelFacts
 from manyicl.results.forgetting_card import CHAT
 from manyicl.results.readings import read_method
 from manyicl.robustness import evaluate_robustness
-from manyicl.runs import library_versions, train
+from manyicl.runs import train
 from manyicl.study.cells import Cell, rate_method, rate_name
 from manyicl.study.dedicated import tune_dedicated
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.readers import load_suite
 from manyicl.tasks.task import TaskSuite
+from manyicl.versions import library_versions
 
 _MOST_ROWS = 1_000_000
 

@@ -41,12 +41,12 @@ from manyicl.files import storage_errors, write_json_atomic, write_text_atomic
 from manyicl.records import EvaluationRecord, read_records
 from manyicl.results.claims import make_claims
 from manyicl.results.files import CellFacts, CorpusFacts, HarnessFacts, ModelFacts, StudyResults, write_results
-from manyicl.runs import library_versions
 from manyicl.study.cells import Cell, list_cells, select_cells
 from manyicl.study.jobs import Outcome, Study
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.readers import load_suite
 from manyicl.tasks.task import TaskSuite
+from manyicl.versions import library_versions
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,21 @@ class StudyFolder:
             shutil.rmtree(self.folder(cell) / "run", ignore_errors=True)
             for name in ("result.json", "records.jsonl"):  # The records last: they tell.
                 (self.folder(cell) / name).unlink(missing_ok=True)
+
+    def warn_of_other_versions(self, training: str) -> None:
+        """Before a training is repeated, say what its weights depend on and is not as it was published."""
+        if not (self.folder(training) / PUBLISHED_FILE).is_file():
+            return
+        before, now = self.read(training, PUBLISHED_FILE).versions, library_versions()
+        changed = [name for name in now if before.get(name) != now[name]]
+        differing = [f"{name} {before.get(name, 'not recorded')} -> {now[name]}" for name in changed]
+        if differing:
+            logger.warning(
+                "%s: is repeated with other versions than were published (%s). Should it end in other weights, what was found "
+                "with the published ones is done again",
+                training,
+                ", ".join(differing),
+            )
 
     def empty_cells_of_other_weights(self, training: str, facts: dict[str, Any]) -> None:
         """Where a repeated training has not ended in the published weights, empty what was found with those."""
@@ -317,6 +332,7 @@ def _do(folder: StudyFolder, study: Study, cell: Cell) -> bool:
             return False
         write_text_atomic(_worker_file(folder, os.getpid()), cell.name)
         logger.info("[%s]", cell.name)
+        folder.warn_of_other_versions(cell.name)
         start = time.perf_counter()
         try:
             outcome = study.run(cell)

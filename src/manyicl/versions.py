@@ -1,0 +1,20 @@
+"""What figures depend on beside the recipe and the data; run.json, records and cells of a study state it."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from manyicl.kernels.cpu_attention import find_instructions
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of libraries, the processor's capability, and where there is no GPU, the instructions of attention.
+
+    Weights differ in the last digits between instructions, and after a training in more than those.
+    """
+    names = ("manyicl", "transformers", "peft", "accelerate")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    # With its build, such as +cpu, which a wheel's metadata may leave out.
+    versions |= {"torch": torch.__version__, "python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return versions if torch.cuda.is_available() else versions | {"cpu_attention": find_instructions() or "torch"}

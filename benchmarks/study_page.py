@@ -105,6 +105,7 @@ def second_reading_lines(found: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"| {name} | {best[0]} | {best[1]} | {points(method['held_out'].get(str(method['best_shots'])))} |")
     lines += ["", *pair_lines(second["pairs"]), "", *one_label_lines(second["one_label"])]
+    lines += seed_difference_lines(second["by_seed"])
     if second["approaches_dedicated"]:
         lines += ["Ours so read against dedicated tuning:", "", *dedicated_lines(second["approaches_dedicated"])]
     return lines
@@ -222,18 +223,24 @@ def one_label_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def seed_difference_lines(found: dict[str, Any]) -> list[str]:
+    """Ours less each other method by training seed; nothing where there is one seed."""
+    if not found:
+        return []
+    lines = ["| ours less | shots | by training seed | mean over seeds | verdict |", "|---|---|---|---:|---|"]
+    for other, by_shots in found.items():
+        for shots, one in by_shots.items():
+            seeds = ", ".join(f"{own['value']:.1f}" for own in one["by_seed"].values())
+            lines.append(f"| {other} | {shots} | {seeds} | {points(one['mean'])} | {one['verdict']} |")
+    return [*lines, ""]
+
+
 def cause_lines(causes: dict[str, Any]) -> list[str]:
     """Ours less each other method by training seed and by budget, and what the choice of shots costs."""
     if not causes["choice"]:
         return ["Not evaluated yet."]
     lines = one_label_lines(causes["one_label"])
-    if causes["by_seed"]:
-        lines += ["| ours less | shots | by training seed | mean over seeds | verdict |", "|---|---|---|---:|---|"]
-        for other, by_shots in causes["by_seed"].items():
-            for shots, one in by_shots.items():
-                seeds = ", ".join(f"{own['value']:.1f}" for own in one["by_seed"].values())
-                lines.append(f"| {other} | {shots} | {seeds} | {points(one['mean'])} | {one['verdict']} |")
-        lines.append("")
+    lines += seed_difference_lines(causes["by_seed"])
     if causes["by_budget"]:
         lines += ["| ours less | tokens | at its best shots | at max |", "|---|---:|---:|---:|"]
         for other, rows in causes["by_budget"].items():

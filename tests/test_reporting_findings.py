@@ -380,6 +380,13 @@ def test_the_second_reading_says_how_each_was_read(results: StudyResults) -> Non
     )
     page = Page(render_report(read_again.model_copy(update={"claims": claims})))
     assert len(page.csv("second-reading")) == 1 + len(by_other)
+    assert "second-reading-seeds" not in page.tables  # No second seed is calibrated.
+    seeds = claims["causes"]["by_seed"]
+    claims["second_reading"]["by_seed"] = {"few_shot_5": seeds["zero_shot"]}
+    page = Page(render_report(read_again.model_copy(update={"claims": claims})))
+    rows = page.csv("second-reading-seeds")[1:]
+    assert {row[0] for row in rows} == {"few-shot tuning (5)"}
+    assert [float(row[3]) for row in rows if row[1:3] == ["max", "mean"]] == [seeds["zero_shot"]["max"]["mean"]["value"]]
     waiting = results.model_copy(update={"recipe": results.recipe | {"calibrated": True}})
     (section,) = (section for section in sections(Findings(waiting)) if section.key == "second-reading")
     assert section.open == "label tasks are not evaluated with calibrated scores for all methods."

@@ -303,6 +303,27 @@ def test_the_second_reading_calibrates_each_method_where_validation_tasks_want_i
     assert second["approaches_dedicated"] is None
 
 
+def test_the_second_reading_has_the_seeds_that_are_read_as_it_reads_each_method(results):
+    """Ours is calibrated and the other is not; of h1 alone there are calibrated records."""
+    better = {"validation": {0: 6, 4: 8, "max": 10}, "held_out": {0: 1, 4: 2, "max": 3}}
+    worse = {"validation": dict.fromkeys(SHOTS, 1), "held_out": dict.fromkeys(SHOTS, 10)}
+    by_role = {"held_out": dict.fromkeys(SHOTS, 8)}
+    ours, other = (grid(f"{method}/seed-1", method, by_role) for method in ("all_answers", "few_shot_5"))
+    models = [*results.models, *(facts(name, model=f"{name}/seed-1", training_seed=1) for name in ("all_answers", "few_shot_5"))]
+    added = [*ours, *other, *calibrated(other, worse)]
+    for model in ("base", "few_shot_5/seed-0", "few_shot_16/seed-0"):
+        added += calibrated([record for record in results.records if record.model == model], worse)
+    added += calibrated([record for record in results.records if record.model == "all_answers/seed-0"], better)
+    some = results.model_copy(update={"records": results.records + added, "models": models})
+    assert make_claims(some)["second_reading"]["by_seed"] == {}  # The second seed of ours is not calibrated yet.
+    second = make_claims(some.model_copy(update={"records": some.records + calibrated(ours, better)}))["second_reading"]
+    assert set(second["by_seed"]) == {"few_shot_5"}
+    at_max = second["by_seed"]["few_shot_5"]["max"]
+    # Ours (30 + 90) / 2 and (30 + 80) / 2, the other 90 and 80.
+    assert {seed: one["value"] for seed, one in at_max["by_seed"].items()} == {"0": -30.0, "1": -25.0}
+    assert at_max["mean"]["value"] == -27.5
+
+
 def test_the_second_reading_waits_for_all_methods(results):
     assert make_claims(results)["second_reading"] is None
     ours = [record for record in results.records if record.model == "all_answers/seed-0"]
@@ -319,6 +340,8 @@ def test_the_second_reading_waits_for_all_its_cells(results):
     for status in ("open", "failed"):
         cell = CellFacts(cell="calibrated/base/h1", kind="calibrated", status=status)
         assert make_claims(read_again.model_copy(update={"cells": [cell]}))["second_reading"] is None
+        cell = CellFacts(cell="calibrated/all_answers/seed-1/h1", kind="calibrated", status=status)  # It has another table.
+        assert make_claims(read_again.model_copy(update={"cells": [cell]}))["second_reading"] is not None
 
 
 def test_variants_are_compared_with_what_they_are_variants_of(results):

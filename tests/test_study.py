@@ -46,9 +46,15 @@ def test_a_whole_study(make):
     assert set(results.claims["second_reading"]["claims"]) == {
         name for name in results.claims["claims"] if name.startswith("beats")
     }
+    suite = load_suite(recipe.tasks)
+    again = {
+        (each.model, each.task, each.shots)
+        for each in results.records
+        if each.condition == "calibrated" and "seed-1" in each.model
+    }
+    assert again == {("all_answers/seed-1", task, shots) for task in suite.held_out for shots in (0, "max")}
     by_model = {facts.model: facts for facts in results.models}
     ours, short = by_model["all_answers/seed-0"], by_model["zero_shot/seed-0"]
-    suite = load_suite(recipe.tasks)
     for facts in (ours, short):
         run = yaml.safe_load((Path(recipe.output) / "cells/train" / facts.model / "run/recipe.yaml").read_text())
         summary = json.loads((Path(recipe.output) / "cells/train" / facts.model / "run/summary.json").read_text())

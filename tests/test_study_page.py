@@ -99,6 +99,7 @@ def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any,
         "calibrated_validation": {"all_answers": {"0": 1.0, "16": 99.25}},
         "pairs": results.claims["pairs"],
         "one_label": results.claims["causes"]["one_label"],
+        "by_seed": {"few_shot_5": results.claims["causes"]["by_seed"]["zero_shot"]},
         "approaches_dedicated": results.claims["claims"]["approaches_dedicated"],
     }
     lines = page.second_reading_lines(results.claims | {"second_reading": second})
@@ -113,4 +114,7 @@ def test_a_second_reading_shows_both_readings_of_the_validation_tasks(page: Any,
     shown = " | ".join(page.points(one[place]) for one in (own, tuned) for place in ("at_best_shots", "at_max"))
     assert f"| zero_shot | {shown} |" in lines
     assert set(page.one_label_lines(second["one_label"])[:-2]) <= set(lines)
+    seeds = second["by_seed"]["few_shot_5"]["max"]
+    shown = ", ".join(f"{one['value']:.1f}" for one in seeds["by_seed"].values())
+    assert f"| few_shot_5 | max | {shown} | {page.points(seeds['mean'])} | {seeds['verdict']} |" in lines
     assert page.second_reading_lines({"second_reading": None}) == ["Not evaluated yet."]

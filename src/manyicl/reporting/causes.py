@@ -15,7 +15,7 @@ def tables(findings: Findings) -> list[Figure | None]:
     return [
         one_label_shares(findings),
         costs_of_choice(findings),
-        differences_by_seed(findings),
+        differences_by_seed("causes-seeds", _found(findings, "by_seed")),
         differences_by_budget(findings),
     ]
 
@@ -40,10 +40,15 @@ def one_label_shares(findings: Findings) -> Figure | None:
     return Figure("causes-labels", "How often one label is given", sentence, table, is_table_open=True) if rows else None
 
 
-def differences_by_seed(findings: Findings) -> Figure | None:
-    """Ours less each other method by training seed, and the mean over seeds with its verdict."""
+def differences_by_seed(key: str, found: Mapping[str, Any]) -> Figure | None:
+    """Ours less each other method by training seed, and the mean over seeds with its verdict.
+
+    Args:
+        key: Name of the figure in the report.
+        found: `by_seed` of the claims' causes, or of the second reading.
+    """
     rows: list[tuple[Value, ...]] = []
-    for other, by_shots in _found(findings, "by_seed").items():
+    for other, by_shots in found.items():
         for shots, one in by_shots.items():
             rows += [(method_label(other), shots, seed, *_ends(own), "") for seed, own in one["by_seed"].items()]
             rows.append((method_label(other), shots, "mean", *_ends(one["mean"]), one["verdict"]))
@@ -53,7 +58,7 @@ def differences_by_seed(findings: Findings) -> Figure | None:
         "demonstrations; how far the seeds lie apart says what one training run is worth."
     )
     table = Table((*columns, *_ENDS, Column("verdict", is_number=False)), rows)
-    return Figure("causes-seeds", "Ours against others by training seed", sentence, table, is_table_open=True) if rows else None
+    return Figure(key, "Ours against others by training seed", sentence, table, is_table_open=True) if rows else None
 
 
 def differences_by_budget(findings: Findings) -> Figure | None:

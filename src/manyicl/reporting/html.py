@@ -96,14 +96,18 @@ def _against_others(findings: Findings) -> Figure | None:
     return Figure("forgets-less", "Ours against each other method", sentence, table, is_table_open=True) if table else None
 
 
-def _second_reading(findings: Findings) -> Figure | None:
-    """Ours against others where each may be calibrated, as a table."""
+def _second_reading(findings: Findings) -> list[Figure | None]:
+    """Ours against others where each may be calibrated, and the same by training seed."""
     table = second_reading_table(findings)
     sentence = (
         "Label scores less what labels score after inputs that say nothing. Each method is read plain or calibrated, and at the "
         "shots, whichever is best for it on the validation tasks; points on held-out tasks."
     )
-    return Figure("second-reading", "Ours against others, calibrated", sentence, table, is_table_open=True) if table else None
+    by_seed = (findings.claims.get("second_reading") or {}).get("by_seed", {})
+    return [
+        Figure("second-reading", "Ours against others, calibrated", sentence, table, is_table_open=True) if table else None,
+        causes.differences_by_seed("second-reading-seeds", by_seed),
+    ]
 
 
 def _wait_for_calibrated(findings: Findings) -> str:
@@ -136,7 +140,7 @@ def sections(findings: Findings) -> list[Section]:
             [effects.forgetting_against_gain(findings), _against_others(findings), effects.harness_table(findings)],
             [sentence] if (sentence := forgetting_sentence(findings)) else (),
         ),
-        ("second-reading", "Second reading", _wait_for_calibrated(findings), [_second_reading(findings)], ()),
+        ("second-reading", "Second reading", _wait_for_calibrated(findings), _second_reading(findings), ()),
         ("budget", "Budget", "no snapshot is evaluated on all held-out tasks.", [budget_curves(findings)], ()),
         (
             "robustness",

@@ -33,7 +33,7 @@ def find_causes(
     found |= {"by_seed": {}, "by_budget": {}}
     if OURS in readings:
         others = [reading for name, reading in readings.items() if name != OURS and results.model_facts(reading.model)]
-        found["by_seed"] = differences_by_seed(results, cells, [reading.method for reading in others])
+        found["by_seed"] = differences_by_seed(models_by_seed(results), cells, [reading.method for reading in others])
         found["by_budget"] = differences_by_budget(results, cells, readings[OURS], others)
     return found
 
@@ -47,16 +47,19 @@ def models_by_seed(results: StudyResults) -> dict[str, dict[int, str]]:
     return found
 
 
-def differences_by_seed(results: StudyResults, cells: Cells, others: Sequence[str]) -> dict[str, Any]:
+def differences_by_seed(models: Mapping[str, Mapping[int, str]], cells: Cells, others: Sequence[str]) -> dict[str, Any]:
     """Ours less each other method by training seed, seed against the same seed, and the mean over seeds, at 0 and max.
 
     The interval of the mean is over tasks, queries and orders of demonstrations, like every other; seeds are not drawn.
+
+    Args:
+        models: As `models_by_seed` gives them.
 
     Returns:
         For each other method with two seeds or more and each number of shots: `by_seed`, `mean` and `verdict`, and under
         `without_task` the mean without each task.
     """
-    models, tasks = models_by_seed(results), cells.tasks_of("held_out")
+    tasks = cells.tasks_of("held_out")
     found: dict[str, Any] = {}
     for other in others:
         for shots in SEED_SHOTS:

@@ -14,7 +14,14 @@ import numpy as np
 
 from manyicl.records import EvaluationRecord, Shots
 from manyicl.results.calibrated import CALIBRATED, calibrated_model, with_calibrated
-from manyicl.results.causes import budget_curves, find_causes, one_label_shares, spread_over_training_seeds
+from manyicl.results.causes import (
+    budget_curves,
+    differences_by_seed,
+    find_causes,
+    models_by_seed,
+    one_label_shares,
+    spread_over_training_seeds,
+)
 from manyicl.results.contrasts import (
     Cells,
     TaskTerms,
@@ -114,7 +121,8 @@ def compare_variants(results: StudyResults, cells: Cells, readings: Mapping[str,
 
 def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots: Sequence[Shots]) -> dict[str, Any] | None:
     """The comparisons with each method calibrated where that is better on the validation tasks; None until all cells are done."""
-    if any(cell.kind == CALIBRATED and cell.status != "done" for cell in results.cells):
+    own = {f"{CALIBRATED}/{plain.model}" for plain in readings.values()}
+    if any(cell.cell.rpartition("/")[0] in own and cell.status != "done" for cell in results.cells):
         return None
     cells = Cells(with_calibrated(results.records))
     chosen, validation = {}, {}
@@ -141,7 +149,17 @@ def second_reading(results: StudyResults, readings: Mapping[str, Reading], shots
         "pairs": compare_pairs(cells, chosen, differences),
         "more_shots_help": compare_slopes(cells, chosen, shots),
         "few_shot_variant": few_shot.method if few_shot else None,
+        "by_seed": differences_by_seed(_read_by_seed(results, chosen), cells, [name for name in chosen if name != OURS]),
     }
+
+
+def _read_by_seed(results: StudyResults, chosen: Mapping[str, Reading]) -> dict[str, dict[int, str]]:
+    """The final weights of each method by training seed, calibrated where the method is read so."""
+    found = {}
+    for name, models in models_by_seed(results).items():
+        is_calibrated = name in chosen and chosen[name].model not in models.values()
+        found[name] = {seed: calibrated_model(model) if is_calibrated else model for seed, model in models.items()}
+    return found
 
 
 def compare(cells: Cells, ours: Reading | None, other: Reading | None, *, aim: float | None) -> dict[str, Any] | None:

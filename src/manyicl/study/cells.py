@@ -190,6 +190,8 @@ def _seed_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
             for task in suite.held_out:
                 name = f"evaluate/{method}/seed-{seed}/{task}"
                 yield Cell(name, (training.name,), method, task, {"shots": [0, "max"]})
+                if recipe.calibrated and suite.tasks[task].labels:
+                    yield Cell(f"calibrated/{method}/seed-{seed}/{task}", (training.name,), method, task, {"shots": [0, "max"]})
 
 
 def _family_cells(recipe: StudyRecipe) -> Iterator[Cell]:

@@ -309,11 +309,11 @@ class Study:
         return Outcome()
 
     def _evaluate_calibrated(self, cell: Cell) -> Outcome:
-        """A model on one label task, its scores calibrated, at the shots of the study."""
+        """A model on one label task, its scores calibrated, at the shots of the study or those that the cell names."""
         model = cell.name.partition("/")[2].rpartition("/")[0]
         plain = self._method(self._model_path(model), cell.method)
         method = CalibratedInContext(plain.engine, name=cell.method)
-        plan = self._plan(model, tuple(self.recipe.shots), condition=CALIBRATED)
+        plan = self._plan(model, tuple(cell.options.get("shots", self.recipe.shots)), condition=CALIBRATED)
         self._evaluate_on([cell.task], method, cell, plan)
         return Outcome()
 

@@ -19,6 +19,9 @@ DEMO_SEEDS := 1
 DEMO_QUERIES := 40
 DEMO_CONTEXT := 2048
 
+# Each with one thread; files are shared out whole.
+TEST_PROCESSES := 2
+
 .DEFAULT_GOAL := test
 .PHONY: demo test check fuzz soak bench bench-foundation bench-scoring bench-training bench-serving vllm-env
 
@@ -31,7 +34,7 @@ demo: $(RUNTIME)
 	@echo "every number of the table, query by query: $(DEMO_RECORDS)"
 
 test: $(TOOLS)
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile --durations=10
 
 check: $(TOOLS)
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
-"""The page of a study or ablation: python benchmarks/study_page.py runs/study-small/results docs/results/study RECIPE
+"""The page of a study or ablation: python benchmarks/study_page.py runs/study-small/results docs/results/study RECIPE [OTHER]
 
 Copies the results, which hold no weights and no text of a task, to the folder named, and makes a page of its name beside it.
-Claims are computed anew from the records, by the code of the commit that is checked out.
+Claims are computed anew from the records, by the code of the commit that is checked out. OTHER is a folder of results whose
+records, of the methods that this study lacks, are read beside its own.
 """
 
 import sys
@@ -20,10 +21,12 @@ from manyicl.results.readings import FEW_SHOT
 TITLES = {
     "study": "The study: every method with the same budget",
     "study-first": "The study's first reading: 60 queries a task",
+    "study-dedicated": "Dedicated tuning, tuned longer",
 }
 BESIDE = {
     "study": "The first reading, 60 queries a task with weights from another processor, is kept: [study-first](study-first.md).",
     "study-first": "The recipe asks for 100 queries since 27 November 2026; what it gives then is [the study](study.md).",
+    "study-dedicated": "Dedicated tuning alone is done anew; what it is compared with are the records of [the study](study.md).",
 }
 CLAIMS = {
     "beats_few_shot": "beats few-shot fine-tuning",
@@ -300,6 +303,7 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
     """Headings and lines of what this study asks; what it does not ask is left out."""
     found, recipe = results.claims, results.recipe
     claims, methods = found["claims"], recipe["methods"]
+    is_compared = methods != ["dedicated"]
     parts = [
         ("Differences on held-out tasks", difference_lines(claims, CLAIMS), bool({"in_context", *FEW_SHOT} & {*methods})),
         (
@@ -307,15 +311,15 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
             difference_lines(found["variants"], {name: name for name in recipe["variants"]}),
             recipe["variants"],
         ),
-        ("All pairs", pair_lines(found["pairs"]), True),
-        ("Methods by shots", method_lines(found["methods"], recipe["shots"]), True),
+        ("All pairs", pair_lines(found["pairs"]), is_compared),
+        ("Methods by shots", method_lines(found["methods"], recipe["shots"]), is_compared),
         ("The second reading: calibrated where validation tasks want it", second_reading_lines(found), recipe.get("calibrated")),
         ("Against dedicated tuning", dedicated_lines(claims.get("approaches_dedicated")), "dedicated" in methods),
         ("Where dedicated tuning overtakes", overtaking_lines(found["overtaking"]), recipe["dedicated"]["overtaking_tasks"]),
         ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
-        ("Equal answers, equal seconds", budget_lines(found["budget_curves"]), recipe["num_snapshots"] > 1),
+        ("Equal answers, equal seconds", budget_lines(found["budget_curves"]), is_compared and recipe["num_snapshots"] > 1),
         ("Training seeds", seed_lines(found["training_seeds"]), recipe["training_seeds"]),
-        ("Behind the claims", cause_lines(found["causes"]), True),
+        ("Behind the claims", cause_lines(found["causes"]), is_compared),
         ("A family left out", family_lines(found["family"]), recipe["held_out_family"]),
         ("Altered demonstrations", robustness_lines(results), recipe["robustness"]["tasks"]),
         ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),
@@ -354,12 +358,21 @@ def page(results: StudyResults, name: str, recipe_path: str) -> str:
     return "\n".join(lines)
 
 
+def join_results(results: StudyResults, other: StudyResults) -> StudyResults:
+    """The results of another study, in which the methods of this one's recipe, also those not done yet, are this one's."""
+    own = tuple(results.recipe["methods"])
+    records = [record for record in other.records if not record.method.startswith(own)]
+    models = [facts for facts in other.models if not facts.method.startswith(own)]
+    return other.model_copy(update={"records": records + results.records, "models": models + results.models})
+
+
 def main() -> None:
     """Copy the results and write the page."""
     source, target, recipe_path = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     results = read_results(source)
     recipe = results.recipe | {"output": f"runs/{target.name}"}  # No path of the machine it was made on.
-    results = results.model_copy(update={"claims": make_claims(results), "recipe": recipe})
+    read = join_results(results, read_results(Path(sys.argv[4]))) if len(sys.argv) > 4 else results
+    results = results.model_copy(update={"claims": make_claims(read), "recipe": recipe})
     write_results(results, target)
     write_text_atomic(target.with_suffix(".md"), page(results, target.name, recipe_path))
 

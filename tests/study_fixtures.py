@@ -19,7 +19,7 @@ SMALL = {
     "num_seeds": 2,
     "num_queries": 4,
     "num_validation_queries": 3,
-    "dedicated": {"rates": [1e-3], "max_epochs": 2, "overtaking_tasks": ["speed"], "overtaking_examples": [4]},
+    "dedicated": {"rates": [1e-3], "max_epochs": 2, "rate_tokens": 60, "overtaking_tasks": ["speed"], "overtaking_examples": [4]},
     "robustness": {"tasks": ["speed"], "num_shots": 2, "flipped": [0.5], "contexts": [128]},
     "training_seeds": {"values": [1], "methods": ["all_answers"]},
 }

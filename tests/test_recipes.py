@@ -63,7 +63,8 @@ def test_the_tasks_of_a_study_exist_and_none_is_trained_on_that_is_read(path: Pa
     suite = load_suite(study.tasks)
     names = [cell.name for cell in list_cells(study, suite)]
     assert len(names) == len(set(names))
-    assert {f"evaluate/all_answers/seed-0/{task}" for task in suite.held_out} <= set(names)
+    read = "dedicated/{}/full" if study.methods == ["dedicated"] else "evaluate/all_answers/seed-0/{}"
+    assert {read.format(task) for task in suite.held_out} <= set(names)
 
 
 @pytest.mark.parametrize("path", [path for path in STUDIES if path.parent.name == "ablations"], ids=name_of)

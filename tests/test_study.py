@@ -66,6 +66,7 @@ def test_a_whole_study(make):
     assert last.target_answers == last.updates < last.answers  # One a row.
     assert by_model["all_answers/seed-0/1of2"].tokens < ours.tokens
     full = by_model["dedicated/speed/full"]
+    assert by_model["dedicated-rate/mood/0.001"].updates == 1 < full.updates
     assert (full.num_examples, full.method) == (len(suite.tasks["speed"].train), "dedicated_full")
     dedicated = [record for record in results.records if record.method == "dedicated_prefix"]
     longest = [record for record in results.records if (record.model, record.task, record.shots) == ("base", "speed", "max")]

@@ -6,6 +6,7 @@ import pytest
 
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import StudyResults
+from manyicl.study.recipe import DedicatedConfig, StudyRecipe
 from report_fixtures import study_results
 from test_results import load_benchmark
 
@@ -29,6 +30,26 @@ def test_overtaking_says_how_many_examples_ours_holds(page: Any, results: StudyR
     ]
     assert rows[-1].startswith("| sick | all | 48 | ")
     assert page.overtaking_lines([]) == ["Not evaluated yet."]
+
+
+def test_a_study_of_dedicated_tuning_alone_is_read_beside_another(page: Any, results: StudyResults) -> None:
+    """Its models are right on everything; of the other study's, whose place they take, nothing is left."""
+    others = [record for record in results.records if record.method.startswith("dedicated")]
+    taken = [record for record in others if record.method == "dedicated_16"]
+    own = [record.model_copy(update={"scores": [1.0] * record.num_queries}) for record in taken]
+    recipe = StudyRecipe(methods=["dedicated"], dedicated=DedicatedConfig(overtaking_tasks=["sick"])).model_dump(mode="json")
+    joined = page.join_results(results.model_copy(update={"records": own, "models": [], "recipe": recipe}), results)
+    assert [record for record in joined.records if record.method.startswith("dedicated")] == own
+    assert len(joined.records) == len(results.records) - len(others) + len(own)
+    assert {facts.method for facts in results.models} - {facts.method for facts in joined.models} == {"dedicated_full"}
+    claims = page.make_claims(joined)
+    assert claims["overtaking"] != results.claims["overtaking"]
+    assert [point["examples"] for point in claims["overtaking"]] == [16]
+    assert "approaches_dedicated" in claims["waiting"]
+    alone = joined.model_copy(update={"claims": claims, "recipe": recipe})
+    titles = {title for title, _ in page.sections(alone)}
+    assert {"Against dedicated tuning", "Where dedicated tuning overtakes"} <= titles
+    assert not titles & {"All pairs", "Methods by shots", "Behind the claims", "Equal answers, equal seconds"}
 
 
 def test_budgets_hold_every_snapshot_that_was_evaluated(page: Any, results: StudyResults) -> None:

@@ -104,7 +104,7 @@ class Forecaster:
             held = float(self.context)
         else:
             held = self._length(task) * (len(task.train) if wanted == "full" else int(wanted))
-        return min(self.recipe.dedicated.max_tokens, held * self.recipe.dedicated.max_epochs)
+        return min(self.recipe.dedicated.most_tokens(cell.kind), held * self.recipe.dedicated.max_epochs)
 
     def _length(self, task: Task) -> float:
         """Mean tokens of an example."""

@@ -58,9 +58,14 @@ class DedicatedConfig(_Section):
     rates: list[float] = Field([2e-4, 6e-4, 2e-3], min_length=1, description="Rates tried on validation tasks.")
     max_epochs: int = Field(10, ge=1, description="Passes over the examples, at most.")
     max_tokens: int = Field(200_000, ge=1, description="Tokens fed, at most.")
+    rate_tokens: int | None = Field(None, ge=1, description="Tokens fed at each rate that is tried; None for as many.")
     patience: int = Field(2, ge=1, description="Stops after so many looks at the fifth kept back without a better loss.")
     overtaking_tasks: list[str] = Field(default_factory=list, description="Tasks on which several sizes are tuned.")
     overtaking_examples: list[int] = Field([16, 64, 256], description="Those sizes, in examples.")
+
+    def most_tokens(self, kind: str) -> int:
+        """Tokens fed at most in a cell of this kind."""
+        return (self.rate_tokens if kind == "dedicated-rate" else None) or self.max_tokens
 
 
 class FamilyConfig(_Section):

@@ -14,9 +14,9 @@ from manyicl.records import EvaluationRecord
 from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import make_claims
 from manyicl.results.contrasts import Term, estimate
-from manyicl.results.files import StudyResults, read_results, write_results
+from manyicl.results.files import ModelFacts, StudyResults, read_results, write_results
 from manyicl.results.forgetting_card import CHAT
-from manyicl.results.readings import FEW_SHOT
+from manyicl.results.readings import FEW_SHOT, OURS
 
 TITLES = {
     "study": "The study: every method with the same budget",
@@ -90,6 +90,15 @@ def method_lines(methods: dict[str, Any], shots: list[Any]) -> list[str]:
     return lines
 
 
+def math_lines(methods: dict[str, Any], shots: list[Any]) -> list[str]:
+    """Math by shots, which is in no headline."""
+    lines = [f"| method | {' | '.join(str(count) for count in shots)} |", "|---|" + "---:|" * len(shots)]
+    for name, method in methods.items():
+        if method["math"]:
+            lines.append(f"| {name} | {' | '.join(points(method['math'].get(str(count))) for count in shots)} |")
+    return lines if len(lines) > 2 else ["Not evaluated yet."]
+
+
 def second_reading_lines(found: dict[str, Any]) -> list[str]:
     """The claims again with each method calibrated where that is better for it on validation tasks."""
     second = found.get("second_reading")
@@ -134,6 +143,31 @@ def dedicated_lines(claim: dict[str, Any] | None) -> list[str]:
     return [*lines, "", f"Not learnt by it (points over the majority): {', '.join(others) or 'none'}."]
 
 
+def passes_lines(results: StudyResults) -> list[str]:
+    """How often dedicated models saw what they were tuned on, by method: the lowest and the highest of each."""
+    limits = results.recipe["dedicated"]
+    found: dict[str, list[ModelFacts]] = {}
+    for facts in results.models:
+        if facts.num_examples and facts.model.startswith("dedicated/"):
+            found.setdefault(facts.method, []).append(facts)
+    lines = [
+        f"At most {limits['max_tokens']:,} tokens and {limits['max_epochs']} passes, stopped where the fifth kept back gets no better.",
+        "",
+        "| dedicated models | models | updates | tokens | passes over what was trained on |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, models in found.items():
+        passes = [
+            facts.answers / (facts.num_examples - max(1, facts.num_examples // 5)) for facts in models if facts.num_examples
+        ]
+        spans = [
+            f"{min(values):,} to {max(values):,}"
+            for values in zip(*((facts.updates, facts.tokens) for facts in models), strict=True)
+        ]
+        lines.append(f"| {method} | {len(models)} | {' | '.join(spans)} | {min(passes):.1f} to {max(passes):.1f} |")
+    return ["", *lines] if found else []
+
+
 def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
     """Change of bits per byte of the final weights, and ours less each other method."""
     if not card:
@@ -149,7 +183,17 @@ def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
             shown = [f"{each['value']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})" if each else "-" for each in changes]
             chat = "-" if entry["chat_change"] is None else f"{entry['chat_change']:+.1f}"
             lines.append(f"| {entry['method']} | {' | '.join(shown)} | {chat} | {card['verdicts'].get(entry['method'], '')} |")
-    return lines
+    lines += ["", f"| ours less | {' | '.join(corpora)} |", "|---|" + "---:|" * len(corpora)]
+    for method, changes in card["ours_less_other"].items():
+        shown = [
+            f"{each['value']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})" for each in map(changes.get, corpora) if each
+        ]
+        lines.append(f"| {method} | {' | '.join(shown)} |")
+    return [
+        *lines,
+        "",
+        "Bits per byte, whole budgets, equal in tokens. Chat questions have no interval.",
+    ]
 
 
 def slope_lines(claim: dict[str, Any] | None) -> list[str]:
@@ -187,6 +231,15 @@ def budget_lines(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"{points(one['at_best_shots'])} | {points(one['at_max'])} |"
             for one in snapshots
             if one["at_max"]
+        ]
+    ours = [one["target_answers"] for one in curves.get(OURS, []) if one["at_max"]]
+    fewer = [
+        method for method, snapshots in curves.items() if ours and max(one["target_answers"] for one in snapshots) < min(ours)
+    ]
+    if fewer:
+        rows += [
+            "",
+            f"At equal answers ours cannot be compared with {', '.join(fewer)}: they end with fewer than it has at its first point.",
         ]
     return [*lines, *rows] if rows else ["Not evaluated yet."]
 
@@ -313,16 +366,36 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
         ),
         ("All pairs", pair_lines(found["pairs"]), is_compared),
         ("Methods by shots", method_lines(found["methods"], recipe["shots"]), is_compared),
+        ("Math, apart", math_lines(found["methods"], recipe["shots"]), is_compared),
         ("The second reading: calibrated where validation tasks want it", second_reading_lines(found), recipe.get("calibrated")),
-        ("Against dedicated tuning", dedicated_lines(claims.get("approaches_dedicated")), "dedicated" in methods),
+        (
+            "Against dedicated tuning",
+            [*dedicated_lines(claims.get("approaches_dedicated")), *passes_lines(results)],
+            "dedicated" in methods,
+        ),
         ("Where dedicated tuning overtakes", overtaking_lines(found["overtaking"]), recipe["dedicated"]["overtaking_tasks"]),
         ("More shots", slope_lines(claims.get("more_shots_help")), "in_context" in methods),
-        ("Equal answers, equal seconds", budget_lines(found["budget_curves"]), is_compared and recipe["num_snapshots"] > 1),
+        (
+            "Equal answers, equal seconds",
+            [
+                *budget_lines(found["budget_curves"]),
+                "",
+                f"Before the end of a training, {recipe['num_snapshot_seeds']} of {recipe['num_seeds']} orders are read.",
+            ],
+            is_compared and recipe["num_snapshots"] > 1,
+        ),
         ("Training seeds", seed_lines(found["training_seeds"]), recipe["training_seeds"]),
         ("Behind the claims", cause_lines(found["causes"]), is_compared),
         ("A family left out", family_lines(found["family"]), recipe["held_out_family"]),
         ("Altered demonstrations", robustness_lines(results), recipe["robustness"]["tasks"]),
-        ("Forgetting", forgetting_lines(claims.get("forgets_less")), recipe["forgetting"]["corpora"]),
+        (
+            "Forgetting",
+            [
+                *forgetting_lines(claims.get("forgets_less")),
+                *([] if results.harness else ["", "No task of lm-evaluation-harness was run."]),
+            ],
+            recipe["forgetting"]["corpora"],
+        ),
         ("What a reader must know", [f"- {note}" for note in recipe["notes"]], True),
     ]
     return [(title, lines) for title, lines, is_asked in parts if is_asked and lines]

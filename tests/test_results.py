@@ -241,6 +241,42 @@ def test_the_readme_shows_the_training_seeds_of_the_study() -> None:
     ) in " ".join(readme.split())
 
 
+def test_the_readme_shows_what_is_forgotten() -> None:
+    card = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))["claims"]["forgets_less"]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    zero, few = (list(card["ours_less_other"][name].values()) for name in ("zero_shot", "few_shot_5"))
+    base = " and ".join(f"{bits:.2f}" for bits in card["base_bits_per_byte"].values())
+    less = " and ".join(f"{-one['value']:.3f}" for one in zero)
+    assert f"ours loses {less} bits per byte less than zero-shot tuning on two plain texts, of {base}." in readme
+    shown = " and ".join(f"{one['value']:.4f} ({one['low']:.4f} to {one['high']:.4f})" for one in few)
+    assert f"than few-shot tuning on 5 is not shown: {shown}." in readme
+    assert (card["verdicts"]["zero_shot"], card["verdicts"]["few_shot_5"]) == ("holds", "not shown")
+
+
+def test_the_page_of_reasons_shows_budgets_and_ablations() -> None:
+    page = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
+    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    rows = found["causes"]["by_budget"]["few_shot_5"]
+    curve = found["budget_curves"]["all_answers"]
+    best, most, own = (
+        ", ".join(f"{value:.1f}" for value in values[:-1]) + f" and {values[-1]:.1f}"
+        for values in (
+            [row["at_best_shots"]["value"] for row in rows],
+            [row["at_max"]["value"] for row in rows],
+            [point["at_max"]["value"] for point in curve],
+        )
+    )
+    assert f"ours less `few_shot_5` is {best} at best shots and {most} at max. Ours itself is {own} at max." in page
+    for name, variant, words in (
+        ("normalisation", "per_answer", "the loss per answer is {} ahead of ours at max"),
+        ("remapping", "remapped_half", "remapping half of the episodes {}."),
+    ):
+        claim = json.loads((RESULTS / f"ablation-{name}" / "claims.json").read_text(encoding="utf-8"))["variants"][variant]
+        one = claim["at_max"]
+        assert words.format(f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})") in page
+        assert claim["verdict"] == "not shown"
+
+
 def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
     points = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))["overtaking"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

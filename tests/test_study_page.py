@@ -6,7 +6,7 @@ import pytest
 
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import StudyResults
-from manyicl.study.recipe import DedicatedConfig, StudyRecipe
+from manyicl.study.recipe import DedicatedConfig, ForgettingConfig, StudyRecipe
 from report_fixtures import study_results
 from test_results import load_benchmark
 
@@ -56,8 +56,37 @@ def test_budgets_hold_every_snapshot_that_was_evaluated(page: Any, results: Stud
     rows = page.budget_lines(results.claims["budget_curves"])[2:]
     curve = results.claims["budget_curves"]["all_answers"]
     assert [row.split(" | ")[1] for row in rows if row.startswith("| all_answers ")] == ["50,000", "100,000", "150,000"]
-    assert rows[-1].endswith(f"| {page.points(curve[-1]['at_best_shots'])} | {page.points(curve[-1]['at_max'])} |")
+    shown = f"| {page.points(curve[-1]['at_best_shots'])} | {page.points(curve[-1]['at_max'])} |"
+    assert any(row.startswith("| all_answers | 150,000 |") and row.endswith(shown) for row in rows)
+    assert rows[-1].startswith("At equal answers ours cannot be compared with few_shot_5: ")
     assert page.budget_lines({}) == ["Not evaluated yet."]
+    assert page.budget_lines({"all_answers": curve, "zero_shot": curve})[-1].startswith("| zero_shot |")
+
+
+def test_math_and_what_ours_forgets_less_stand_apart(page: Any, results: StudyResults) -> None:
+    recipe = StudyRecipe(forgetting=ForgettingConfig(corpora=["novels.txt"])).model_dump(mode="json") | results.recipe
+    sections = dict(page.sections(results.model_copy(update={"recipe": recipe})))
+    math = results.claims["methods"]["all_answers"]["math"]
+    row = " | ".join(page.points(math.get(str(count))) for count in results.recipe["shots"])
+    assert f"| all_answers | {row} |" in sections["Math, apart"]
+    assert page.math_lines({"all_answers": {"math": {}}}, [0]) == ["Not evaluated yet."]
+    card = results.claims["claims"]["forgets_less"]
+    (first, *_) = card["base_bits_per_byte"]
+    change = card["ours_less_other"]["zero_shot"][first]
+    assert any(line.startswith(f"| zero_shot | {change['value']:+.4f} ({change['low']:+.4f} ") for line in sections["Forgetting"])
+    assert ("No task of lm-evaluation-harness was run." in sections["Forgetting"]) == (not results.harness)
+
+
+def test_dedicated_models_say_how_often_they_saw_their_examples(page: Any, results: StudyResults) -> None:
+    """Of 40 examples 8 are kept back."""
+    (full,) = (facts for facts in results.models if facts.method == "dedicated_full")
+    models = [full.model_copy(update={"num_examples": 40, "answers": answers}) for answers in (32, 80)]
+    recipe = StudyRecipe().model_dump(mode="json")
+    lines = page.passes_lines(results.model_copy(update={"models": models, "recipe": recipe}))
+    assert lines[1].startswith("At most 200,000 tokens and 10 passes, ")
+    shown = f"{full.updates:,} to {full.updates:,} | {full.tokens:,} to {full.tokens:,} | 1.0 to 2.5"
+    assert lines[-1] == f"| dedicated_full | 2 | {shown} |"
+    assert page.passes_lines(results.model_copy(update={"models": [], "recipe": recipe})) == []
 
 
 def test_seeds_stand_side_by_side(page: Any, results: StudyResults) -> None:

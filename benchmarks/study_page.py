@@ -2,13 +2,14 @@
 
 Copies the results, which hold no weights and no text of a task, to the folder named, and makes a page of its name beside it.
 Claims are computed anew from the records, by the code of the commit that is checked out. OTHER is a folder of results whose
-records, of the methods that this study lacks, are read beside its own.
+records, but for those of dedicated models, are read beside this study's.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from manyicl.errors import UserInputError
 from manyicl.files import write_text_atomic
 from manyicl.records import EvaluationRecord
 from manyicl.results.calibrated import CALIBRATED
@@ -151,7 +152,8 @@ def passes_lines(results: StudyResults) -> list[str]:
         if facts.num_examples and facts.model.startswith("dedicated/"):
             found.setdefault(facts.method, []).append(facts)
     lines = [
-        f"At most {limits['max_tokens']:,} tokens and {limits['max_epochs']} passes, stopped where the fifth kept back gets no better.",
+        f"At most {limits['max_tokens']:,} tokens and {limits['max_epochs']} passes, rounded up to whole rows; stopped where the fifth",
+        "kept back gets no better. The weights kept are the best by it, and may be earlier than the last that were trained.",
         "",
         "| dedicated models | models | updates | tokens | passes over what was trained on |",
         "|---|---:|---:|---:|---:|",
@@ -168,6 +170,11 @@ def passes_lines(results: StudyResults) -> list[str]:
     return ["", *lines] if found else []
 
 
+def bits(change: dict[str, float] | None) -> str:
+    """A change of bits per byte with its interval."""
+    return f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else "-"
+
+
 def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
     """Change of bits per byte of the final weights, and ours less each other method."""
     if not card:
@@ -179,15 +186,12 @@ def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
     ]
     for entry in card["models"]:
         if entry["is_final"] and entry["training_seed"] == 0:
-            changes = [entry["bits_per_byte_change"].get(corpus) for corpus in corpora]
-            shown = [f"{each['value']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})" if each else "-" for each in changes]
+            shown = [bits(entry["bits_per_byte_change"].get(corpus)) for corpus in corpora]
             chat = "-" if entry["chat_change"] is None else f"{entry['chat_change']:+.1f}"
             lines.append(f"| {entry['method']} | {' | '.join(shown)} | {chat} | {card['verdicts'].get(entry['method'], '')} |")
     lines += ["", f"| ours less | {' | '.join(corpora)} |", "|---|" + "---:|" * len(corpora)]
     for method, changes in card["ours_less_other"].items():
-        shown = [
-            f"{each['value']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})" for each in map(changes.get, corpora) if each
-        ]
+        shown = [bits(changes.get(corpus)) for corpus in corpora]
         lines.append(f"| {method} | {' | '.join(shown)} |")
     return [
         *lines,
@@ -412,6 +416,7 @@ def missing_line(results: StudyResults) -> list[str]:
 def page(results: StudyResults, name: str, recipe_path: str) -> str:
     """The whole page as Markdown."""
     recipe = results.recipe
+    budget = "" if recipe["methods"] == ["dedicated"] else f"{recipe['budget_tokens']:,} tokens a method; "
     several = len(recipe["rates"]["values"]) > 1
     versions = next((cell.versions for cell in results.cells if cell.versions), {})
     lines = [
@@ -419,7 +424,7 @@ def page(results: StudyResults, name: str, recipe_path: str) -> str:
         "",
         f"Made by `manyicl study {recipe_path}` and `python benchmarks/study_page.py`; every number is in [{name}]({name}).",
         f"{progress_line(results)} Two processor cores, no GPU, {recipe['dtype']}; torch {versions.get('torch')}, transformers {versions.get('transformers')}.",
-        f"{recipe['budget_tokens']:,} tokens a method; {recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
+        f"{budget}{recipe['num_queries']} queries a task, {recipe['num_seeds']} orders of demonstrations.",
         "Points are 0 to 100: mean over the held-out tasks of a family, then over families, without math; in brackets the 95%",
         f"interval of a bootstrap over tasks, queries and orders. {'Shots and rates' if several else 'Shots'} are chosen on validation tasks.",
         *missing_line(results),
@@ -432,10 +437,16 @@ def page(results: StudyResults, name: str, recipe_path: str) -> str:
 
 
 def join_results(results: StudyResults, other: StudyResults) -> StudyResults:
-    """The results of another study, in which the methods of this one's recipe, also those not done yet, are this one's."""
-    own = tuple(results.recipe["methods"])
-    records = [record for record in other.records if not record.method.startswith(own)]
-    models = [facts for facts in other.models if not facts.method.startswith(own)]
+    """The results of another study, in which dedicated models, also those not done yet, are this one's.
+
+    Raises:
+        UserInputError: they were not evaluated in the same way.
+    """
+    keys = ("model", "dtype", "tasks", "context_tokens", "num_seeds", "num_queries")
+    if differing := [key for key in keys if results.recipe[key] != other.recipe[key]]:
+        raise UserInputError(f"the two studies differ in {', '.join(differing)}, so that their records do not compare.")
+    records = [record for record in other.records if not record.method.startswith("dedicated")]
+    models = [facts for facts in other.models if not facts.method.startswith("dedicated")]
     return other.model_copy(update={"records": records + results.records, "models": models + results.models})
 
 

@@ -1,8 +1,13 @@
 """A small study: its recipe over the small suite, its folder, and its results without times."""
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from manyicl.results.files import StudyResults
 from manyicl.study.recipe import StudyRecipe
@@ -54,3 +59,20 @@ def untimed(results: StudyResults) -> tuple[Any, ...]:
     records = [record.model_copy(update=blank) for record in results.records]
     models = [facts.model_copy(update={"seconds": 0.0, "peak_memory_bytes": 0}) for facts in results.models]
     return records, models, results.corpora, results.claims["methods"], [(cell.cell, cell.status) for cell in results.cells]
+
+
+def start_training(recipe: StudyRecipe) -> tuple[subprocess.Popen[bytes], int, str]:
+    """A process that runs the study, its worker's id and the cell that this trains at the moment."""
+    code = "import sys; from manyicl.study.runner import run_study; from manyicl.study.recipe import StudyRecipe; "
+    code += "run_study(StudyRecipe.model_validate_json(sys.stdin.read()))"
+    runner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert runner.stdin is not None
+    runner.stdin.write(recipe.model_dump_json().encode())
+    runner.stdin.close()
+    deadline = time.time() + 240
+    while not (found := [path for path in Path(recipe.output).glob("workers/[!.]*") if path.read_text().startswith("train/")]):
+        if time.time() > deadline or runner.poll() is not None:
+            runner.terminate()
+            pytest.fail(f"the study has begun no training; it ended with {runner.wait()}")
+        time.sleep(0.02)
+    return runner, int(found[0].name.rpartition("-")[2]), found[0].read_text()

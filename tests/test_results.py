@@ -263,6 +263,8 @@ def test_the_readme_shows_what_is_forgotten() -> None:
     assert f"ours loses {less} bits per byte less than zero-shot tuning on two plain texts, of {base}." in readme
     shown = " and ".join(f"{one['value']:.4f} ({one['low']:.4f} to {one['high']:.4f})" for one in few)
     assert f"than few-shot tuning on 5 is not shown: {shown}." in readme
+    more, fewer = (one["value"] for one in card["ours_less_other"]["last_answer"].values())
+    assert f"the last answer the two texts disagree: {more:.4f} more and {-fewer:.4f} less." in readme
     assert (card["verdicts"]["zero_shot"], card["verdicts"]["few_shot_5"]) == ("holds", "not shown")
 
 

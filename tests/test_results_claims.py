@@ -340,8 +340,11 @@ def test_the_second_reading_waits_for_all_its_cells(results):
     for status in ("open", "failed"):
         cell = CellFacts(cell="calibrated/base/h1", kind="calibrated", status=status)
         assert make_claims(read_again.model_copy(update={"cells": [cell]}))["second_reading"] is None
+        cell = CellFacts(cell="calibrated/last_answer/seed-0/h1", kind="calibrated", status=status)  # It has no records yet.
+        assert make_claims(read_again.model_copy(update={"cells": [cell]}))["second_reading"] is None
         cell = CellFacts(cell="calibrated/all_answers/seed-1/h1", kind="calibrated", status=status)  # It has another table.
-        assert make_claims(read_again.model_copy(update={"cells": [cell]}))["second_reading"] is not None
+        recipe = results.recipe | {"training_seeds": {"values": [1]}}
+        assert make_claims(read_again.model_copy(update={"cells": [cell], "recipe": recipe}))["second_reading"] is not None
 
 
 def test_variants_are_compared_with_what_they_are_variants_of(results):

@@ -1,9 +1,7 @@
 """A whole study on a tiny model: which cells there are, what they leave, resuming, failures, and what is refused."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +21,7 @@ from manyicl.study.recipe import METHODS, load_study_recipe
 from manyicl.study.runner import run_study, work
 from manyicl.tasks.readers import load_suite
 from model_fixtures import count_calls
-from study_fixtures import FAST, SMALL, open_folder, statuses, study_maker
+from study_fixtures import FAST, open_folder, statuses, study_maker
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,50 +189,6 @@ def test_two_processes_share_a_folder_and_do_no_cell_twice(make, monkeypatch):
         holder.communicate()
     work(recipe, only=["rate"])
     assert [cell.name for _, cell in calls].count(taken) == 1
-
-
-def start_training(recipe):
-    """A process that runs the study, its worker's id and the cell that this trains at the moment."""
-    code = "import sys; from manyicl.study.runner import run_study; from manyicl.study.recipe import StudyRecipe; "
-    code += "run_study(StudyRecipe.model_validate_json(sys.stdin.read()))"
-    runner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    runner.stdin.write(recipe.model_dump_json().encode())
-    runner.stdin.close()
-    deadline = time.time() + 240
-    while not (found := [path for path in Path(recipe.output).glob("workers/[!.]*") if path.read_text().startswith("train/")]):
-        if time.time() > deadline or runner.poll() is not None:
-            runner.terminate()
-            pytest.fail(f"the study has begun no training; it ended with {runner.wait()}")
-        time.sleep(0.02)
-    return runner, int(found[0].name.rpartition("-")[2]), found[0].read_text()
-
-
-@pytest.mark.slow
-def test_a_terminated_study_ends_its_worker_and_writes_what_is_known(make):
-    recipe = make(**FAST, training=SMALL["training"] | {"episodes": {"max_tokens": 400}}, budget_tokens=4000)
-    runner, worker, cell = start_training(recipe)
-    runner.terminate()
-    assert runner.wait(timeout=60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)
-    results = read_results(Path(recipe.output) / "results")
-    assert {each.cell: each.status for each in results.cells}[cell] == "open"
-    assert any(each.status == "done" for each in results.cells)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_told_from_its_exit_and_another_goes_on(make):
-    """The worker is killed in its first training; that cell is recorded as failed, and the next start does it."""
-    recipe = make(**FAST, training=SMALL["training"] | {"episodes": {"max_tokens": 400}}, budget_tokens=4000)
-    output = Path(recipe.output)
-    runner, victim, cell = start_training(recipe)
-    os.kill(victim, signal.SIGKILL)
-    assert runner.wait(timeout=240) == 0
-    results = read_results(output / "results")
-    errors = {each.cell: each.error for each in results.cells if each.status == "failed"}
-    assert errors == {cell: "its process was killed by the system, which does so when memory runs out"}
-    assert run_study(recipe).failed == 0
-    assert set(statuses(open_folder(recipe)).values()) == {"done"}
 
 
 def test_results_of_another_recipe_and_changed_examples_are_refused(make, suite_folder):

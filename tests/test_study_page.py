@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from manyicl.errors import UserInputError
 from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import StudyResults
 from manyicl.study.recipe import DedicatedConfig, ForgettingConfig, StudyRecipe
@@ -38,6 +39,8 @@ def test_a_study_of_dedicated_tuning_alone_is_read_beside_another(page: Any, res
     taken = [record for record in others if record.method == "dedicated_16"]
     own = [record.model_copy(update={"scores": [1.0] * record.num_queries}) for record in taken]
     recipe = StudyRecipe(methods=["dedicated"], dedicated=DedicatedConfig(overtaking_tasks=["sick"])).model_dump(mode="json")
+    results = results.model_copy(update={"recipe": recipe | results.recipe})
+    recipe |= {key: results.recipe[key] for key in ("model", "context_tokens")}
     joined = page.join_results(results.model_copy(update={"records": own, "models": [], "recipe": recipe}), results)
     assert [record for record in joined.records if record.method.startswith("dedicated")] == own
     assert len(joined.records) == len(results.records) - len(others) + len(own)
@@ -49,6 +52,10 @@ def test_a_study_of_dedicated_tuning_alone_is_read_beside_another(page: Any, res
     alone = joined.model_copy(update={"claims": claims, "recipe": recipe})
     titles = {title for title, _ in page.sections(alone)}
     assert {"Against dedicated tuning", "Where dedicated tuning overtakes"} <= titles
+    assert f"{recipe['budget_tokens']:,} tokens a method" not in page.page(alone, "study-dedicated", "recipe.yaml")
+    other = results.model_copy(update={"recipe": results.recipe | {"num_queries": 7}})
+    with pytest.raises(UserInputError, match="the two studies differ in num_queries, "):
+        page.join_results(alone, other)
     assert not titles & {"All pairs", "Methods by shots", "Behind the claims", "Equal answers, equal seconds"}
 
 
@@ -74,7 +81,10 @@ def test_math_and_what_ours_forgets_less_stand_apart(page: Any, results: StudyRe
     (first, *_) = card["base_bits_per_byte"]
     change = card["ours_less_other"]["zero_shot"][first]
     assert any(line.startswith(f"| zero_shot | {change['value']:+.4f} ({change['low']:+.4f} ") for line in sections["Forgetting"])
-    assert ("No task of lm-evaluation-harness was run." in sections["Forgetting"]) == (not results.harness)
+    note = "No task of lm-evaluation-harness was run."
+    assert results.harness
+    assert note not in sections["Forgetting"]
+    assert note in dict(page.sections(results.model_copy(update={"recipe": recipe, "harness": []})))["Forgetting"]
 
 
 def test_dedicated_models_say_how_often_they_saw_their_examples(page: Any, results: StudyResults) -> None:

@@ -171,14 +171,14 @@ def test_a_training_that_ends_in_other_weights_has_its_cells_done_again(make, mo
     done = [cell.name for _, cell in calls]
     assert {name.partition("/")[0] for name in done} == {"train", "calibrated"}
     assert "other versions" not in caplog.text
-    torch = library_versions()["torch"]
+    torch_version = library_versions()["torch"]
     text = cells.read_text().replace(weights, "0" * 64)
-    cells.write_text(text.replace(f'"torch":"{torch}"', '"torch":"1.0"'), encoding="utf-8")
+    cells.write_text(text.replace(f'"torch":"{torch_version}"', '"torch":"1.0"'), encoding="utf-8")
     other = make("other", **study, calibrated=True)
     restore_folder(open_folder(other), results)
     calls.clear()
     work(other)
-    assert re.search(rf"train/all_answers/seed-0: is repeated .* \(torch 1\.0 -> {re.escape(torch)}\)", caplog.text)
+    assert re.search(rf"train/all_answers/seed-0: is repeated .* \(torch 1\.0 -> {re.escape(torch_version)}\)", caplog.text)
     again = {cell.name for _, cell in calls} - set(done)
     assert again == {cell.name for cell in open_folder(recipe).cells if "train/all_answers/seed-0" in cell.needs}
     assert untimed(open_folder(other).gather())[:-1] == untimed(open_folder(more).gather())[:-1]

@@ -183,7 +183,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(
+        tuned = get_peft_model(
             model,
             PeftLoraConfig(
                 r=config.rank,
@@ -194,6 +194,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
             ),
             autocast_adapter_dtype=True,
         )
+    # PEFT keeps a set, whose order in adapter_config.json, and with it the fingerprint, would be another in every process.
+    kept: Any = tuned.peft_config["default"]
+    kept.target_modules = sorted(kept.target_modules)
+    return tuned
 
 
 def save_model(

@@ -1,4 +1,4 @@
-"""What figures depend on beside the recipe and the data; run.json, records and cells of a study state it."""
+"""Versions of libraries, and what attention runs on; run.json, records and cells of a study state them."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ from manyicl.kernels.cpu_attention import find_instructions
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of libraries, the processor's capability, and where there is no GPU, the instructions of attention.
+    """Versions of libraries, the processor's capability, and where there is no GPU, what bf16 attention runs on there.
 
     Weights differ in the last digits between instructions, and after a training in more than those.
     """

@@ -15,7 +15,7 @@ def tables(findings: Findings) -> list[Figure | None]:
     return [
         one_label_shares(findings),
         costs_of_choice(findings),
-        differences_by_seed("causes-seeds", _found(findings, "by_seed")),
+        differences_by_seed("causes-seeds", "Ours against others by training seed", _found(findings, "by_seed")),
         differences_by_budget(findings),
     ]
 
@@ -40,11 +40,12 @@ def one_label_shares(findings: Findings) -> Figure | None:
     return Figure("causes-labels", "How often one label is given", sentence, table, is_table_open=True) if rows else None
 
 
-def differences_by_seed(key: str, found: Mapping[str, Any]) -> Figure | None:
+def differences_by_seed(key: str, title: str, found: Mapping[str, Any]) -> Figure | None:
     """Ours less each other method by training seed, and the mean over seeds with its verdict.
 
     Args:
         key: Name of the figure in the report.
+        title: Its heading.
         found: `by_seed` of the claims' causes, or of the second reading.
     """
     rows: list[tuple[Value, ...]] = []
@@ -58,7 +59,7 @@ def differences_by_seed(key: str, found: Mapping[str, Any]) -> Figure | None:
         "demonstrations; how far the seeds lie apart says what one training run is worth."
     )
     table = Table((*columns, *_ENDS, Column("verdict", is_number=False)), rows)
-    return Figure(key, "Ours against others by training seed", sentence, table, is_table_open=True) if rows else None
+    return Figure(key, title, sentence, table, is_table_open=True) if rows else None
 
 
 def differences_by_budget(findings: Findings) -> Figure | None:

@@ -106,7 +106,7 @@ def _second_reading(findings: Findings) -> list[Figure | None]:
     by_seed = (findings.claims.get("second_reading") or {}).get("by_seed", {})
     return [
         Figure("second-reading", "Ours against others, calibrated", sentence, table, is_table_open=True) if table else None,
-        causes.differences_by_seed("second-reading-seeds", by_seed),
+        causes.differences_by_seed("second-reading-seeds", "By training seed, calibrated where the first seed is", by_seed),
     ]
 
 

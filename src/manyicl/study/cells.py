@@ -12,13 +12,14 @@
     classic/sick                       TF-IDF
     robustness/all_answers/sick        demonstrations altered
     calibrated/all_answers/seed-0/sick final weights on one label task, its scores calibrated
+    calibrated/all_answers/seed-1/sick those of a further training seed, at 0 and at max
 
 The list is a pure function of recipe and suite, in the order in which cells are best done. A model's name in the records is the
 part of a cell's name after its kind.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -96,6 +97,7 @@ def list_cells(recipe: StudyRecipe, suite: TaskSuite) -> list[Cell]:
         cells += [
             Cell(f"calibrated/{model}/{task}", needs, method, task) for task in read_again for model, method, needs in finals
         ]
+        cells += _calibrated_seed_cells(recipe, suite)
     return cells
 
 
@@ -190,8 +192,12 @@ def _seed_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
             for task in suite.held_out:
                 name = f"evaluate/{method}/seed-{seed}/{task}"
                 yield Cell(name, (training.name,), method, task, {"shots": [0, "max"]})
-                if recipe.calibrated and suite.tasks[task].labels:
-                    yield Cell(f"calibrated/{method}/seed-{seed}/{task}", (training.name,), method, task, {"shots": [0, "max"]})
+
+
+def _calibrated_seed_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
+    for cell in list(_seed_cells(recipe, suite)):
+        if cell.kind == "evaluate" and suite.tasks[cell.task].labels:
+            yield replace(cell, name=cell.name.replace("evaluate/", "calibrated/", 1))
 
 
 def _family_cells(recipe: StudyRecipe) -> Iterator[Cell]:

@@ -33,12 +33,13 @@ class DedicatedRun:
 
 
 def tune_dedicated(
-    recipe: StudyRecipe, task: Task, examples: SequenceOf[Example], *, rate: float, max_tokens: int, seed: int, folder: Path
+    recipe: StudyRecipe, task: Task, examples: SequenceOf[Example], *, rate: float, seed: int, folder: Path
 ) -> DedicatedRun:
     """Tune on `examples` alone and write the model to `folder`, which is emptied first.
 
-    A row holds the examples of about one pass, or 2,048 tokens. After each pass, or a quarter of the budget where a pass is
-    longer, the loss on the fifth kept back is looked at; the weights of the best look are kept.
+    A row holds the examples of about one pass, or 2,048 tokens; `max_epochs` counts passes rounded up to whole rows. After each
+    pass, or a quarter of the budget where a pass is longer, the loss on the fifth kept back is looked at; the weights of the best
+    look are kept.
 
     Raises:
         TaskError: there are fewer than two examples.
@@ -52,7 +53,7 @@ def tune_dedicated(
     lengths = [encoder.count_opening(task.instruction) + encoder.count_example(each.input, each.answer) for each in trained]
     row_tokens = max(16, max(lengths), min(_ROW_TOKENS, sum(lengths)))
     rows_per_pass = max(1, math.ceil(sum(lengths) / row_tokens))
-    num_rows = max(1, min(recipe.dedicated.max_epochs * rows_per_pass, max_tokens // row_tokens))
+    num_rows = max(1, min(recipe.dedicated.max_epochs * rows_per_pass, recipe.dedicated.max_tokens // row_tokens))
     config = EpisodesConfig(max_tokens=row_tokens, num_shots=0, pack=True)
     dataset = RowDataset([replace(task, train=trained)], config=config, encoder=encoder, seed=seed, num_rows=num_rows)
     save_every = min(rows_per_pass, math.ceil(num_rows / 4))

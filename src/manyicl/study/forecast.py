@@ -104,7 +104,8 @@ class Forecaster:
             held = float(self.context)
         else:
             held = self._length(task) * (len(task.train) if wanted == "full" else int(wanted))
-        return min(self.recipe.dedicated.most_tokens(cell.kind), held * self.recipe.dedicated.max_epochs)
+        limits = self.recipe.dedicated.for_rates() if cell.kind == "dedicated-rate" else self.recipe.dedicated
+        return min(limits.max_tokens, held * limits.max_epochs)
 
     def _length(self, task: Task) -> float:
         """Mean tokens of an example."""

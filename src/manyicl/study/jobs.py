@@ -182,9 +182,9 @@ class Study:
         elif wanted != "full":
             order = order[: int(wanted)]
         rate = cell.options.get("rate") or self._dedicated_rate()
-        max_tokens = self.recipe.dedicated.most_tokens(cell.kind)
-        folder = self.folder(cell.name) / "run"
-        run = tune_dedicated(self.recipe, task, order, rate=rate, max_tokens=max_tokens, seed=seed, folder=folder)
+        limits = self.recipe.dedicated.for_rates() if cell.kind == "dedicated-rate" else self.recipe.dedicated
+        recipe = self.recipe.model_copy(update={"dedicated": limits})
+        run = tune_dedicated(recipe, task, order, rate=rate, seed=seed, folder=self.folder(cell.name) / "run")
         plan = self._plan(cell.name, (0,), num_seeds=seed + 1)
         records = self._evaluate_model(str(run.folder), cell, [cell.task], plan, seeds=[seed])
         facts = ModelFacts(

@@ -56,16 +56,16 @@ class DedicatedConfig(_Section):
     """Dedicated tuning: one model per task and set of examples, without demonstrations."""
 
     rates: list[float] = Field([2e-4, 6e-4, 2e-3], min_length=1, description="Rates tried on validation tasks.")
-    max_epochs: int = Field(10, ge=1, description="Passes over the examples, at most.")
+    max_epochs: int = Field(10, ge=1, description="Passes over the examples, rounded up to whole rows, at most.")
     max_tokens: int = Field(200_000, ge=1, description="Tokens fed, at most.")
-    rate_tokens: int | None = Field(None, ge=1, description="Tokens fed at each rate that is tried; None for as many.")
+    rate_tokens: int | None = Field(None, ge=1, description="The same at each rate that is tried; None for as many.")
     patience: int = Field(2, ge=1, description="Stops after so many looks at the fifth kept back without a better loss.")
     overtaking_tasks: list[str] = Field(default_factory=list, description="Tasks on which several sizes are tuned.")
     overtaking_examples: list[int] = Field([16, 64, 256], description="Those sizes, in examples.")
 
-    def most_tokens(self, kind: str) -> int:
-        """Tokens fed at most in a cell of this kind."""
-        return (self.rate_tokens if kind == "dedicated-rate" else None) or self.max_tokens
+    def for_rates(self) -> "DedicatedConfig":
+        """The same while rates are tried."""
+        return self.model_copy(update={"max_tokens": self.rate_tokens or self.max_tokens})
 
 
 class FamilyConfig(_Section):
@@ -78,7 +78,7 @@ class FamilyConfig(_Section):
 
 
 class SeedsConfig(_Section):
-    """Further training seeds, read at 0 and at max."""
+    """Further training seeds, read on held-out tasks at 0 and at max; with `calibrated`, label tasks with such scores too."""
 
     values: list[int] = Field([1, 2], description="Training seeds beside the first.")
     methods: list[str] = Field(["all_answers", "few_shot_5", "few_shot_16", "zero_shot"], description="Jointly tuned methods.")

@@ -150,12 +150,12 @@ class StudyFolder:
                 (self.folder(cell) / name).unlink(missing_ok=True)
 
     def warn_of_other_versions(self, training: str) -> None:
-        """Before a training is repeated, say what its weights depend on and is not as it was published."""
+        """Before a training is repeated, say which versions are not those that it was published with."""
         if not (self.folder(training) / PUBLISHED_FILE).is_file():
             return
         before, now = self.read(training, PUBLISHED_FILE).versions, library_versions()
-        changed = [name for name in now if before.get(name) != now[name]]
-        differing = [f"{name} {before.get(name, 'not recorded')} -> {now[name]}" for name in changed]
+        changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+        differing = [f"{name} {before.get(name, 'not recorded')} -> {now.get(name, 'none')}" for name in changed]
         if differing:
             logger.warning(
                 "%s: is repeated with other versions than were published (%s). Should it end in other weights, what was found "

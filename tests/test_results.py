@@ -293,7 +293,11 @@ def test_the_page_of_reasons_shows_budgets_and_ablations() -> None:
 
 
 def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
-    points = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))["overtaking"]
+    """The sizes are those tuned longer, the whole split that of the study."""
+    found = {
+        name: json.loads((RESULTS / name / "claims.json").read_text(encoding="utf-8")) for name in ("study", "study-dedicated")
+    }
+    points = found["study-dedicated"]["overtaking"] + [one for one in found["study"]["overtaking"] if one["examples"] == "all"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     by_count: dict[Any, list[Any]] = {}
     for point in points:
@@ -304,7 +308,7 @@ def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
         16: "16",
         64: "64",
         256: f"256 ({held[0]}, {held[1]} and {held[2]} of them fit)",
-        "all": "whole train split (the same fit)",
+        "all": "whole train split (the same fit), not tuned longer",
     }
     assert list(by_count) == list(names)
     for count, words in names.items():
@@ -314,9 +318,9 @@ def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
         )
         assert f"| {words} | {ours} | {dedicated} |" in readme
     ahead = {count: sum(one["ours"]["value"] > one["dedicated"]["value"] for one in own) for count, own in by_count.items()}
-    assert ahead == {16: 3, 64: 3, 256: 2, "all": 0}
-    apart = [(point["task"], point["examples"]) for point in points if point["ours"]["low"] > point["dedicated"]["high"]]
-    assert apart == []
+    assert ahead == {16: 3, 64: 2, 256: 1, "all": 0}
+    sizes = [point for point in points if point["examples"] != "all"]
+    assert all(one["ours"]["low"] < one["dedicated"]["high"] and one["dedicated"]["low"] < one["ours"]["high"] for one in sizes)
 
 
 def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:

@@ -37,8 +37,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = Path(tmp_path_factory.mktemp("postgres")) / "data"
     folder.mkdir()
     if os.geteuid() == 0:
-        for parent in (folder, *folder.parents[:3]):  # pytest's folders are their owner's alone.
-            parent.chmod(0o755)
+        for each in (folder, *folder.parents):
+            if "pytest-of-" in str(each):  # pytest's folders are their owner's alone.
+                each.chmod(0o755)
         shutil.chown(folder, "postgres", "postgres")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,8 +1,11 @@
 """Every shipped recipe parses, and what it names exists."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 
 from manyicl.config import Recipe, load_recipe
 from manyicl.errors import RecipeError
@@ -54,7 +57,7 @@ def test_the_ablations_are_there() -> None:
     assert names == {"normalisation", "lora-targets", "remapping", "num-tasks", "context-length"}
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in STUDIES if load_study_recipe(path).tasks == "../shared/data"], ids=name_of)
 def test_the_tasks_of_a_study_exist_and_none_is_trained_on_that_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (RECIPES.parent.parent / "shared" / "data").is_dir():
         pytest.skip("needs the folder of real tasks ../shared/data")
@@ -65,6 +68,30 @@ def test_the_tasks_of_a_study_exist_and_none_is_trained_on_that_is_read(path: Pa
     assert len(names) == len(set(names))
     read = "dedicated/{}/full" if study.methods == ["dedicated"] else "evaluate/all_answers/seed-0/{}"
     assert {read.format(task) for task in suite.held_out} <= set(names)
+
+
+def test_the_full_size_study_names_tasks_of_the_catalogue_by_their_roles() -> None:
+    """Its data sets are on the hub: roles and families are read from their files, and the cells listed from those."""
+    (path,) = (path for path in STUDIES if load_study_recipe(path).tasks == "recipes/catalogue")
+    study, folder = load_study_recipe(path), RECIPES / "catalogue"
+    roles = yaml.safe_load((folder / "suite.yaml").read_text(encoding="utf-8"))
+    described = {
+        name: yaml.safe_load((folder / name / "task.yaml").read_text(encoding="utf-8"))
+        for role in ("meta_training", "validation", "held_out")
+        for name in roles[role]
+    }
+    family = study.held_out_family
+    assert family is not None
+    for left_out, role in ((family.meta_training_without, "meta_training"), (family.held_out, "held_out")):
+        assert set(left_out) == {name for name in roles[role] if described[name]["family"] == family.family}
+    label_tasks = {name for name, task in described.items() if "labels" in task}
+    assert {*study.robustness.tasks, *study.dedicated.overtaking_tasks} <= label_tasks
+    tasks = {name: SimpleNamespace(labels=("a", "b") if name in label_tasks else ()) for name in described}
+    role_of = {name: role for role, members in roles.items() for name in members}
+    suite: Any = SimpleNamespace(name="catalogue", tasks=tasks, select=roles.__getitem__, role=role_of.__getitem__, **roles)
+    names = [cell.name for cell in list_cells(study, suite)]
+    assert len(names) == len(set(names))
+    assert {f"evaluate/all_answers/seed-0/{task}" for task in roles["held_out"]} <= set(names)
 
 
 @pytest.mark.parametrize("path", [path for path in STUDIES if path.parent.name == "ablations"], ids=name_of)

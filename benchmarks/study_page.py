@@ -18,6 +18,7 @@ from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import ModelFacts, StudyResults, read_results, write_results
 from manyicl.results.forgetting_card import CHAT
 from manyicl.results.readings import FEW_SHOT, OURS
+from manyicl.study.dedicated import count_kept_back
 
 TITLES = {
     "study": "The study: every method with the same budget",
@@ -161,7 +162,7 @@ def passes_lines(results: StudyResults) -> list[str]:
     ]
     for method, models in found.items():
         passes = [
-            facts.answers / (facts.num_examples - max(1, facts.num_examples // 5)) for facts in models if facts.num_examples
+            facts.answers / (facts.num_examples - count_kept_back(facts.num_examples)) for facts in models if facts.num_examples
         ]
         spans = [
             f"{min(values):,} to {max(values):,}"
@@ -188,7 +189,7 @@ def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
     for entry in card["models"]:
         if entry["is_final"] and entry["training_seed"] == 0:
             shown = [bits(entry["bits_per_byte_change"].get(corpus)) for corpus in corpora]
-            chat = "-" if entry["chat_change"] is None else f"{entry['chat_change']:+.1f}"
+            chat = points(entry["chat_change"]) if entry["chat_change"] else "-"
             lines.append(f"| {entry['method']} | {' | '.join(shown)} | {chat} | {card['verdicts'].get(entry['method'], '')} |")
     lines += ["", f"| ours less | {' | '.join(corpora)} |", "|---|" + "---:|" * len(corpora)]
     for method, changes in card["ours_less_other"].items():
@@ -197,7 +198,7 @@ def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
     return [
         *lines,
         "",
-        "Bits per byte, whole budgets, equal in tokens. Chat questions have no interval.",
+        "Bits per byte, whole budgets, equal in tokens. Chat questions: the built-in suite in the chat format, no demonstrations.",
     ]
 
 
@@ -323,9 +324,9 @@ def family_lines(claim: dict[str, Any] | None) -> list[str]:
         tasks = ", ".join(f"{task} {points(one)}" for task, one in found["by_task"].items())
         lines.append(
             f"- Trained without any {claim['family']} task, ours less {method} at max: {points(found['at_max'])} "
-            f"({found['verdict']}); {tasks}."
+            f"({found['verdict']}); {tasks}. At the shots chosen in the main setting: {points(found['at_best_shots'])}."
         )
-    return lines
+    return [*lines, "", "Learning rates and shots are those of the main setting, in which tasks of the family are trained on."]
 
 
 def robustness_lines(results: StudyResults) -> list[str]:

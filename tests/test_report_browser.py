@@ -1,7 +1,6 @@
 """The report in Chromium: curves have a size, tables sort by click and key, nothing is fetched, dark differs, CSV downloads."""
 
 import csv
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,30 +14,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.slow
-NO_CHROMIUM = (
-    "Chromium is absent: .venv/bin/playwright install --with-deps chromium, or where that cannot be reached: "
-    "apt-get install -y chromium"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        pytest.skip("Playwright is absent: .venv/bin/pip install playwright")
-    with sync_playwright() as playwright:
-        # A root user, as in containers, has no sandbox; the page is our own.
-        options: dict[str, Any] = {"args": ["--no-sandbox"]}
-        try:
-            opened = playwright.chromium.launch(**options)
-        except Error:
-            found = shutil.which("chromium") or shutil.which("google-chrome")
-            if found is None:
-                pytest.skip(NO_CHROMIUM)
-            opened = playwright.chromium.launch(executable_path=found, **options)
-        yield opened
-        opened.close()
+PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "study.html"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +63,26 @@ def test_nothing_is_said_and_nothing_asked_for(opened: Opened, report: Path) -> 
     assert opened.said == []
     assert opened.requests == [report.as_uri()]
     assert EVIL in opened.page.inner_text("#tasks")
+
+
+def test_the_published_report_is_drawn_sorts_and_says_nothing(browser: "Browser") -> None:
+    found = Opened(browser, PUBLISHED, viewport={"width": 1200, "height": 800})
+    page = found.page
+    assert "95% interval" in page.locator("header").inner_text()
+    sizes = page.eval_on_selector_all(
+        "figure svg.chart", "(charts) => charts.map((each) => [each.closest('[hidden]') === null, each.clientWidth])"
+    )
+    assert len(sizes) > 10
+    assert all(width > 150 for is_shown, width in sizes if is_shown)
+    headings = page.locator("figure thead th:first-child button, #claims thead th:first-child button")
+    for place in range(headings.count()):
+        headings.nth(place).dispatch_event("click")
+    assert page.locator('thead th:first-child[aria-sort="ascending"], thead th:first-child[aria-sort="descending"]').count() == (
+        headings.count()
+    )
+    assert headings.count() > 10
+    assert (found.said, found.requests) == ([], [PUBLISHED.as_uri()])
+    page.close()
 
 
 def test_the_answer_stands_on_the_first_screen(opened: Opened) -> None:

@@ -11,7 +11,7 @@ import pytest
 from manyicl.errors import RecordsError
 from manyicl.reporting.charts import Axis, Frame, Names, Point, Series, line_chart, number_axis
 from manyicl.reporting.findings import Findings, shots_axis
-from manyicl.reporting.html import render_report, sections, write_report
+from manyicl.reporting.html import KINDS, render_report, sections, write_report
 from manyicl.reporting.tables import (
     Column,
     Table,
@@ -72,6 +72,17 @@ def test_every_figure_has_its_data_to_download(page: Page) -> None:
         assert [shown.strip() for _, shown in rows[0]] == header, key
         assert [[value for value, _ in row] for row in rows[1:]] == lines, key
         assert lines, key
+
+
+def test_every_figure_says_what_makes_it(html: str, results: StudyResults) -> None:
+    said = re.findall(r'<p class="command">Made by <code>(.*?)</code>, then <code>manyicl report results</code></p>', html)
+    assert len(said) == len(FIGURES)
+    assert said[0] == "manyicl study study.yaml"
+    by_key = {section.key: section for section in sections(Findings(results), command="manyicl report results")}
+    assert by_key["robustness"].commands[0] == "manyicl study study.yaml --only train,robustness"
+    assert by_key["shots"].commands == ["manyicl study study.yaml --only train,evaluate", "manyicl report results"]
+    assert by_key["costs"].commands[0] == "manyicl study study.yaml"
+    assert set(by_key) - set(KINDS) == {"costs"}
 
 
 def test_names_notes_and_errors_are_escaped(html: str, page: Page) -> None:

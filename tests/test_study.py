@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import yaml
 
 from manyicl.errors import RecipeError
 from manyicl.records import read_records
+from manyicl.reporting.html import KINDS
 from manyicl.results.files import read_results, write_results
 from manyicl.study.cells import Cell, list_cells, select_cells
 from manyicl.study.jobs import Study, count_examples, count_updates, extended_rate
@@ -326,6 +328,15 @@ def test_cells_are_chosen_by_pattern(only, expected):
     assert [names.index(cell.name) for cell in select_cells([Cell(name) for name in names], only)] == expected
 
 
+def test_the_command_under_a_figure_does_all_that_its_cells_need(make):
+    cells = list_cells(recipe := make(calibrated=True), load_suite(recipe.tasks))
+    known = {cell.kind for cell in cells}
+    for section, kinds in KINDS.items():
+        chosen = select_cells(cells, [kind for kind in kinds if kind in known])
+        assert {name for cell in chosen for name in cell.needs} <= {cell.name for cell in chosen}, section
+    assert known - {kind for kinds in KINDS.values() for kind in kinds} == set()
+
+
 def test_the_command_shows_the_plan_and_then_does_it(make, tmp_path, run_cli):
     recipe = make(**FAST | {"methods": ["in_context", "classic"]})
     path = tmp_path / "study.yaml"
@@ -350,3 +361,24 @@ def test_the_command_shows_the_plan_and_then_does_it(make, tmp_path, run_cli):
     )
     assert (code, "0 cells left, 4 done" in output) == (0, True)
     assert (tmp_path / "other" / "results" / "claims.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_card_into_each_training(make, tmp_path, run_cli):
+    recipe = make(**FAST | {"methods": ["all_answers"], "dedicated": {}, "calibrated": False})
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    card = Path(recipe.output) / "cells/train/all_answers/seed-0/run/README.md"
+    code, _, _ = run_cli("study", path, "--only", "rate,train")
+    assert (code, "## Results" in card.read_text(encoding="utf-8")) == (0, False)
+    code, _, _ = run_cli("study", path)
+    records = read_results(Path(recipe.output) / "results").records
+    own = [record for record in records if record.model == "all_answers/seed-0" and record.role == "held_out"]
+    loaded = huggingface_hub.ModelCard.load(card)
+    assert loaded.data.model_name == "all_answers/seed-0"
+    assert {result.dataset_name for result in loaded.data.eval_results} == {record.task for record in own} == {"speed"}
+    card.write_text("my own words", encoding="utf-8")
+    code, output, _ = run_cli("study", path)
+    assert (code, card.read_text(encoding="utf-8")) == (0, "my own words")
+    assert "model cards were not written:" in output
+    assert "was not written by this command" in output

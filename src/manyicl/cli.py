@@ -15,6 +15,7 @@ from manyicl.serving.commands import add_commands
 
 if TYPE_CHECKING:
     from manyicl.records import Shots
+    from manyicl.study.runner import StudyFolder
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Many-shot in-context fine-tuning."
@@ -204,8 +205,23 @@ def study(
         f"{progress.done} of {progress.total} cells done, {progress.failed} failed; results: {folder.output / 'results'} "
         f"(manyicl report {folder.output / 'results'} -o report.html)"
     )
+    _write_study_cards(folder)
     if progress.failed:
         raise typer.Exit(1)
+
+
+def _write_study_cards(folder: "StudyFolder") -> None:
+    """Write a model card into the folder of each finished training; one that cannot be written costs the study nothing."""
+    from manyicl.results.files import read_results
+    from manyicl.study.command import finished_runs
+
+    runs = finished_runs(folder)
+    try:
+        from manyicl.reporting.model_card import write_study_cards
+
+        write_study_cards(runs, read_results(folder.output / "results").records)
+    except UserInputError as error:
+        typer.echo(f"model cards were not written: {error}")
 
 
 @app.command()

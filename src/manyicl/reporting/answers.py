@@ -7,7 +7,7 @@ from typing import Any
 
 from manyicl.reporting.findings import DEDICATED, Findings, in_sentence, method_label
 from manyicl.reporting.tables import Column, Table, Value, count_words, join_words, show_estimate, show_interval, show_number
-from manyicl.results.calibrated import calibrated_model
+from manyicl.results.calibrated import is_calibrated
 from manyicl.results.claims import AIMS
 from manyicl.results.readings import BASE_METHOD, OURS, ZERO_SHOT
 
@@ -318,5 +318,4 @@ def second_reading_table(findings: Findings) -> Table | None:
 
 def _how_read(method: Mapping[str, Any]) -> str:
     """As in: calibrated, 64 shots."""
-    is_calibrated = method["model"] == calibrated_model(method["model"].partition("+")[0])
-    return f"{'calibrated' if is_calibrated else 'plain'}, {method['best_shots']} shots"
+    return f"{'calibrated' if is_calibrated(method['model']) else 'plain'}, {method['best_shots']} shots"

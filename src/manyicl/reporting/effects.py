@@ -30,7 +30,7 @@ def forgetting_against_gain(findings: Findings) -> Figure | None:
         *(Column(name) for name in ("updates", "tokens", "target answers")),
         *(Column(f"bits per byte, {corpus}", digits=4, is_signed=True) for corpus in corpora),
         Column("gain in points", is_signed=True),
-        Column("chat questions, points", is_signed=True),
+        *(Column(name, is_signed=True) for name in ("chat questions, points", "chat low", "chat high")),
     )
     rows = [
         (
@@ -38,7 +38,7 @@ def forgetting_against_gain(findings: Findings) -> Figure | None:
             *(entry[name] for name in ("updates", "tokens", "target_answers")),
             *(_change(entry, corpus) for corpus in corpora),
             entry["gain"],
-            entry["chat_change"],
+            *(_ends(entry["chat_change"]) if entry["chat_change"] else (None, None, None)),
         )
         for entry in entries
     ]
@@ -300,7 +300,7 @@ def left_out_family(findings: Findings) -> Figure | None:
     sentence = (
         f"Trained without any task of {claim['family']}, ours differs from {label} by "
         f"{show_number(mean['value'], is_signed=True)} points at max shots, 95% interval {show_interval(mean)}: "
-        f"{claim['verdict']}."
+        f"{claim['verdict']}. Learning rates are those of the main setting, in which tasks of the family are trained on."
     )
     found = [
         (method_label(method), findings.style(method), {"mean": one["at_max"], **one["by_task"]})

@@ -30,12 +30,29 @@ except ImportError as error:
     raise UserInputError("Jinja2 is not installed. Type: pip install 'manyicl[report]'") from error
 
 
+_SCORES = ("rate", "train", "evaluate", "classic")
+# The kinds of cells that a section's figures are made of, with those that they need; a section that is not named is made of all.
+KINDS = {
+    "shots": _SCORES,
+    "tasks": _SCORES,
+    "forgetting": (*_SCORES, "forgetting", "harness"),
+    "second-reading": (*_SCORES, "calibrated"),
+    "budget": _SCORES,
+    "robustness": ("rate", "train", "robustness"),
+    "dedicated": (*_SCORES, "dedicated-rate", "dedicated"),
+    "seeds": _SCORES,
+    "causes": _SCORES,
+    "family": _SCORES,
+}
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the report; without figures, `open` says what it waits for.
 
     Attributes:
         figures: Those that can be drawn so far.
+        commands: What makes them, from the study's recipe on.
     """
 
     key: str
@@ -43,6 +60,7 @@ class Section:
     open: str
     figures: Sequence[Figure]
     paragraphs: Sequence[str] = field(default_factory=tuple)
+    commands: Sequence[str] = field(default_factory=tuple)
 
 
 def write_report(folder: Path, output: Path) -> StudyResults:
@@ -79,12 +97,12 @@ def render_report(results: StudyResults, *, command: str = "") -> str:
         policy=_policy(style, script),
         answer=answer(findings),
         claims=claims_table(findings),
-        sections=sections(findings),
+        sections=sections(findings, command=command),
         swatch=swatch,
         facts=_facts(findings),
         notes=_notes(findings),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
-        commands=[*_study_commands(results), *([command] if command else [])],
+        commands=_commands(results, "", command),
         versions=_versions(results),
     )
 
@@ -116,8 +134,12 @@ def _wait_for_calibrated(findings: Findings) -> str:
     return "label tasks are not evaluated with calibrated scores for all methods." if is_asked else ""
 
 
-def sections(findings: Findings) -> list[Section]:
-    """The parts of the report after the claims, in reading order; a part that was not asked for is left out."""
+def sections(findings: Findings, *, command: str = "") -> list[Section]:
+    """The parts of the report after the claims, in reading order; a part that was not asked for is left out.
+
+    Args:
+        command: What was typed to make the report.
+    """
     parts: list[tuple[str, str, str, Sequence[Figure | None], Sequence[str]]] = [
         (
             "shots",
@@ -168,7 +190,14 @@ def sections(findings: Findings) -> list[Section]:
         ),
     ]
     return [
-        Section(key, title, "" if any(figures) else waiting, [figure for figure in figures if figure], paragraphs)
+        Section(
+            key,
+            title,
+            "" if any(figures) else waiting,
+            [figure for figure in figures if figure],
+            paragraphs,
+            _commands(findings.results, key, command),
+        )
         for key, title, waiting, figures, paragraphs in parts
         if waiting or any(figures)
     ]
@@ -220,8 +249,12 @@ def _notes(findings: Findings) -> list[str]:
     return [f"The model is {note}" for note in notes] + [str(note) for note in findings.recipe.get("notes", [])]
 
 
-def _study_commands(results: StudyResults) -> list[str]:
-    return ["manyicl study study.yaml"] if results.recipe else []
+def _commands(results: StudyResults, section: str, command: str) -> list[str]:
+    """What was typed to make a section's figures, or with no section the whole report: the study's cells, then the page."""
+    done = {cell.kind for cell in results.cells}
+    kinds = [kind for kind in KINDS.get(section, ()) if kind in done]
+    study = ["manyicl study study.yaml" + (f" --only {','.join(kinds)}" if kinds else "")]
+    return [*(study if results.recipe else []), *([command] if command else [])]
 
 
 def _versions(results: StudyResults) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ In: recipe.yaml, run.json and summary.json of a run, and records of its evaluati
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ _HUB_TASKS = {
 }
 
 
-def write_model_card(run_folder: Path, records: Sequence[EvaluationRecord] = (), *, model: str | None = None) -> Path:
+def write_model_card(
+    run_folder: Path, records: Sequence[EvaluationRecord] = (), *, model: str | None = None, name: str = ""
+) -> Path:
     """Write the README.md of a finished run and return its path.
 
     Args:
         records: Results; those of `model` are shown.
         model: The run's name in the records; the folder as it was given unless said otherwise.
+        name: What the card calls the model; the folder's name unless given.
 
     Raises:
         UserInputError: the folder holds no finished run, or a README.md that somebody has written.
@@ -47,8 +50,26 @@ def write_model_card(run_folder: Path, records: Sequence[EvaluationRecord] = (),
     path = run_folder / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         raise UserInputError(f"{path}: was not written by this command. Move it away, or keep it.")
-    write_text_atomic(path, render_model_card(run_folder, _own_records(records, model or str(run_folder))))
+    own = _own_records(records, model or str(run_folder))
+    write_text_atomic(path, render_model_card(run_folder, own, name=name))
     return path
+
+
+def write_study_cards(runs: Mapping[str, Path], records: Sequence[EvaluationRecord]) -> None:
+    """Write the README.md of each finished training of a study.
+
+    Args:
+        runs: Run folders by the names of the models in the records.
+        records: Of the whole study, of which cards show held-out tasks; a model that has none yet is shown without results.
+
+    Raises:
+        UserInputError: a folder holds no finished run, or a README.md that somebody has written.
+        StorageError: a card cannot be written.
+    """
+    held_out = [record for record in records if record.role == "held_out" and not record.condition]
+    evaluated = {record.model for record in held_out}
+    for model, run in runs.items():
+        write_model_card(run, held_out if model in evaluated else (), model=model, name=model)
 
 
 def _own_records(records: Sequence[EvaluationRecord], model: str) -> list[EvaluationRecord]:
@@ -59,8 +80,8 @@ def _own_records(records: Sequence[EvaluationRecord], model: str) -> list[Evalua
     return own
 
 
-def render_model_card(run_folder: Path, records: Sequence[EvaluationRecord] = ()) -> str:
-    """The card as text; `records` are all of this run.
+def render_model_card(run_folder: Path, records: Sequence[EvaluationRecord] = (), *, name: str = "") -> str:
+    """The card as text; `records` are all of this run, and `name` is what it is called, its folder's name unless given.
 
     Raises:
         UserInputError: the folder holds no finished run.
@@ -75,11 +96,12 @@ def render_model_card(run_folder: Path, records: Sequence[EvaluationRecord] = ()
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    front = _front_matter(recipe, records)
+    name = name or run_folder.resolve().name
+    front = _front_matter(recipe, records, name)
     return environment.get_template("model_card.md.j2").render(
         mark=MARK,
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        name=run_folder.resolve().name,
+        name=name,
         base=front.get("base_model", recipe.model),
         recipe=recipe,
         run=run,
@@ -109,7 +131,7 @@ def _read(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def _front_matter(recipe: Recipe, records: Sequence[EvaluationRecord]) -> dict[str, Any]:
+def _front_matter(recipe: Recipe, records: Sequence[EvaluationRecord], name: str) -> dict[str, Any]:
     """What the Hub indexes; a base model that is not on the Hub is left out."""
     front: dict[str, Any] = {
         "library_name": "peft" if recipe.training.tune == "lora" else "transformers",
@@ -120,7 +142,7 @@ def _front_matter(recipe: Recipe, records: Sequence[EvaluationRecord]) -> dict[s
     if base.count("/") == 1 and not base.endswith(".gguf") and not Path(base).exists():
         front = {"base_model": base} | front
     if records:
-        front["model-index"] = [{"name": Path(recipe.output).name, "results": _index_results(records)}]
+        front["model-index"] = [{"name": name, "results": _index_results(records)}]
     return front
 
 

@@ -17,6 +17,11 @@ def calibrated_model(model: str) -> str:
     return f"{model}+{CALIBRATED}"
 
 
+def is_calibrated(model: str) -> bool:
+    """Whether a name is that of a calibrated reading."""
+    return model == calibrated_model(model.partition("+")[0])
+
+
 def with_calibrated(records: Sequence[EvaluationRecord]) -> list[EvaluationRecord]:
     """The records, and for each model with calibrated ones another model: see the module's first lines.
 

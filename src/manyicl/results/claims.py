@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from manyicl.records import EvaluationRecord, Shots
-from manyicl.results.calibrated import CALIBRATED, calibrated_model, with_calibrated
+from manyicl.results.calibrated import CALIBRATED, calibrated_model, is_calibrated, with_calibrated
 from manyicl.results.causes import (
     budget_curves,
     differences_by_seed,
@@ -64,7 +64,7 @@ def make_claims(results: StudyResults) -> dict[str, Any]:
         "few_shot_variant": few_shot.method if few_shot else None,
         "training_seeds": spread_over_training_seeds(results, cells),
         "budget_curves": budget_curves(results, cells, readings),
-        "family": family_claim(results, cells, few_shot),
+        "family": family_claim(results, cells, readings, few_shot),
         "overtaking": overtaking(cells, readings[OURS].model) if OURS in readings else [],
         "second_reading": second_reading(results, readings, shots),
         "variants": compare_variants(results, cells, readings),
@@ -161,8 +161,8 @@ def _read_by_seed(results: StudyResults, chosen: Mapping[str, Reading]) -> dict[
     """The final weights of each method by training seed, calibrated where the method is read so."""
     found = {}
     for name, models in models_by_seed(results).items():
-        is_calibrated = name in chosen and chosen[name].model not in models.values()
-        found[name] = {seed: calibrated_model(model) if is_calibrated else model for seed, model in models.items()}
+        is_read_so = name in chosen and is_calibrated(chosen[name].model)
+        found[name] = {seed: calibrated_model(model) if is_read_so else model for seed, model in models.items()}
     return found
 
 
@@ -250,24 +250,33 @@ def _slope_terms(cells: Sequence[Sequence[EvaluationRecord]]) -> list[Term]:
     return [Term(float(weight), records) for weight, records in zip(weights, cells, strict=True)]
 
 
-def family_claim(results: StudyResults, cells: Cells, few_shot: Reading | None) -> dict[str, Any] | None:
-    """Ours less few-shot tuning where a whole family was left out of the training, at max.
+def family_claim(
+    results: StudyResults, cells: Cells, readings: Mapping[str, Reading], few_shot: Reading | None
+) -> dict[str, Any] | None:
+    """Ours less few-shot tuning where a whole family was left out of the training, at max and at the shots chosen with it.
 
     Returns:
-        The claim is against the variant that validation tasks choose, as everywhere; `by_method` holds the difference to each.
+        The claim is at max, against the variant that validation tasks choose, as everywhere; `by_method` holds the difference to
+        each. `at_best_shots` is at the shots that `readings` have, and None where these were not evaluated.
     """
     finals = {facts.method: facts.model for facts in results.models if facts.is_final and facts.setting == "family"}
     setting = results.recipe.get("held_out_family") or {}
+    held_out = setting.get("held_out", [])
     by_method: dict[str, dict[str, Any]] = {}
     for other in (name for name in FEW_SHOT if OURS in finals and name in finals):
-        terms = terms_at(cells, setting.get("held_out", []), [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
-        if terms:
-            found = estimate(terms)
-            by_method[other] = {
-                "at_max": found.as_json(),
-                "by_task": {task: task_estimate(own).as_json() for task, own in terms.items()},
-                "verdict": verdict(found),
-            }
+        terms = terms_at(cells, held_out, [(1.0, finals[OURS], "max"), (-1.0, finals[other], "max")])
+        if not terms:
+            continue
+        found, best = estimate(terms), None
+        if OURS in readings and other in readings:
+            at = [(sign, finals[name], readings[name].best_shots) for sign, name in ((1.0, OURS), (-1.0, other))]
+            best = terms_at(cells, held_out, at)
+        by_method[other] = {
+            "at_max": found.as_json(),
+            "at_best_shots": estimate(best).as_json() if best else None,
+            "by_task": {task: task_estimate(own).as_json() for task, own in terms.items()},
+            "verdict": verdict(found),
+        }
     if few_shot is None or few_shot.method not in by_method:
         return None
     chosen = by_method[few_shot.method]

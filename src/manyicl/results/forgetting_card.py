@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from manyicl.metrics import bootstrap_interval
-from manyicl.results.contrasts import Cells, headline_value, terms_at
+from manyicl.results.contrasts import Cells, estimate, terms_at
 from manyicl.results.files import BASE, CorpusFacts, StudyResults
 
 CHAT = "chat"
@@ -60,8 +60,11 @@ def _verdict(changes: Mapping[str, Mapping[str, float]]) -> str:
     return "fails" if all(change["low"] > 0 for change in changes.values()) else "not shown"
 
 
-def chat_change(cells: Cells, model: str) -> float | None:
-    """Points gained (or lost) by tuning on questions in the chat format without demonstrations; None while not evaluated."""
+def chat_change(cells: Cells, model: str) -> dict[str, float | int | None] | None:
+    """Points gained (or lost) by tuning on questions in the chat format without demonstrations, with an interval.
+
+    None while not evaluated.
+    """
     tasks = cells.tasks_of("builtin") + cells.tasks_of("builtin", math=True)
     terms = terms_at(cells, tasks, [(1.0, model, 0), (-1.0, BASE, 0)], condition=CHAT)
-    return round(headline_value(terms), 3) if terms else None
+    return estimate(terms).as_json() if terms else None

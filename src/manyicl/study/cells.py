@@ -24,6 +24,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from manyicl.errors import RecipeError
+from manyicl.results.causes import SEED_SHOTS
 from manyicl.results.files import BASE
 from manyicl.study.recipe import JOINT_METHODS, StudyRecipe
 from manyicl.tasks.task import TaskSuite
@@ -191,7 +192,7 @@ def _seed_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
             yield training
             for task in suite.held_out:
                 name = f"evaluate/{method}/seed-{seed}/{task}"
-                yield Cell(name, (training.name,), method, task, {"shots": [0, "max"]})
+                yield Cell(name, (training.name,), method, task, {"shots": list(SEED_SHOTS)})
 
 
 def _calibrated_seed_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
@@ -228,7 +229,7 @@ def _dedicated_cells(recipe: StudyRecipe, suite: TaskSuite) -> Iterator[Cell]:
             for seed in range(recipe.num_seeds):
                 options = {"examples": count, "seed": seed}
                 yield Cell(f"dedicated/{task}/{count}-{seed}", needs, f"dedicated_{count}", task, options)
-            if "all_answers" in recipe.methods:
+            if "all_answers" in recipe.methods and count not in recipe.shots:
                 final = f"all_answers/seed-{recipe.seed}"
                 yield Cell(f"evaluate/{final}/{task}/{count}", (f"train/{final}",), "all_answers", task, {"shots": [count]})
 

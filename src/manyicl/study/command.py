@@ -54,6 +54,16 @@ def run_opened(folder: StudyFolder, only: Sequence[str], minutes: float | None) 
     return run_study(folder.recipe, only=only, minutes=minutes)
 
 
+def finished_runs(folder: StudyFolder) -> dict[str, Path]:
+    """The run folders of the trainings that are done here, by the names of their models in the records."""
+    runs = {cell.name: folder.folder(cell.name) / "run" for cell in folder.cells if cell.kind == "train"}
+    return {
+        name.partition("/")[2]: run
+        for name, run in runs.items()
+        if folder.status(name) == "done" and (run / "run.json").is_file()
+    }
+
+
 def gather_results(folder: StudyFolder) -> Path:
     """Write the results of the cells that are done, and return their folder."""
     path = folder.output / "results"

@@ -76,10 +76,15 @@ def tune_dedicated(
 
 
 def split_fifth(examples: SequenceOf[Example], name: str, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """A fifth of the examples (one at least), and the rest; a pure function of (seed, name)."""
+    """A fifth of the examples, and the rest; a pure function of (seed, name)."""
     order = order_examples(examples, seed=seed, purpose=f"dedicated/{name}", index=0)
-    num_kept_back = max(1, len(order) // 5)
-    return tuple(order[:num_kept_back]), tuple(order[num_kept_back:])
+    kept_back = count_kept_back(len(order))
+    return tuple(order[:kept_back]), tuple(order[kept_back:])
+
+
+def count_kept_back(num_examples: int) -> int:
+    """A fifth of the examples, one at least."""
+    return max(1, num_examples // 5)
 
 
 def _rows_of(task: Task, examples: SequenceOf[Example], encoder: Encoder) -> list[Row]:

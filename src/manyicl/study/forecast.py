@@ -104,7 +104,7 @@ class Forecaster:
             held = float(self.context)
         else:
             held = self._length(task) * (len(task.train) if wanted == "full" else int(wanted))
-        limits = self.recipe.dedicated.for_rates() if cell.kind == "dedicated-rate" else self.recipe.dedicated
+        limits = self.recipe.dedicated.for_kind(cell.kind)
         return min(limits.max_tokens, held * limits.max_epochs)
 
     def _length(self, task: Task) -> float:

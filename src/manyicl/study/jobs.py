@@ -182,8 +182,7 @@ class Study:
         elif wanted != "full":
             order = order[: int(wanted)]
         rate = cell.options.get("rate") or self._dedicated_rate()
-        limits = self.recipe.dedicated.for_rates() if cell.kind == "dedicated-rate" else self.recipe.dedicated
-        recipe = self.recipe.model_copy(update={"dedicated": limits})
+        recipe = self.recipe.model_copy(update={"dedicated": self.recipe.dedicated.for_kind(cell.kind)})
         run = tune_dedicated(recipe, task, order, rate=rate, seed=seed, folder=self.folder(cell.name) / "run")
         plan = self._plan(cell.name, (0,), num_seeds=seed + 1)
         records = self._evaluate_model(str(run.folder), cell, [cell.task], plan, seeds=[seed])

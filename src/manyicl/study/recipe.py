@@ -63,9 +63,10 @@ class DedicatedConfig(_Section):
     overtaking_tasks: list[str] = Field(default_factory=list, description="Tasks on which several sizes are tuned.")
     overtaking_examples: list[int] = Field([16, 64, 256], description="Those sizes, in examples.")
 
-    def for_rates(self) -> "DedicatedConfig":
-        """The same while rates are tried."""
-        return self.model_copy(update={"max_tokens": self.rate_tokens or self.max_tokens})
+    def for_kind(self, kind: str) -> "DedicatedConfig":
+        """The limits of a kind of cells: fewer tokens, where asked for, while rates are tried (`dedicated-rate`)."""
+        is_rate = kind == "dedicated-rate" and self.rate_tokens is not None
+        return self.model_copy(update={"max_tokens": self.rate_tokens}) if is_rate else self
 
 
 class FamilyConfig(_Section):

@@ -27,7 +27,7 @@ TITLES = {
 }
 BESIDE = {
     "study": "The first reading, 60 queries a task with weights from another processor, is kept: [study-first](study-first.md).\n"
-    "Dedicated tuning is being done anew, tuned longer: [study-dedicated](study-dedicated.md).",
+    "Dedicated tuning was done again, tuned longer, and is to be read there: [study-dedicated](study-dedicated.md).",
     "study-first": "The recipe asks for 100 queries since 27 November 2026; what it gives then is [the study](study.md).",
     "study-dedicated": "Dedicated tuning alone is done anew; what it is compared with are the records of [the study](study.md).",
 }

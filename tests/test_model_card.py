@@ -155,3 +155,11 @@ def test_the_command_writes_the_card(run_folder: Path, run_cli: Callable[..., tu
     assert (code, printed) == (0, f"written to {run_folder / 'README.md'}\n")
     own = [record for record in read_records(records) if record.model == NAME]
     assert (run_folder / "README.md").read_text(encoding="utf-8") == render_model_card(run_folder, own)
+
+
+def test_the_published_card_of_the_study_is_made_from_its_run_and_its_records() -> None:
+    results = FOUNDATION.parent
+    own = [each for each in read_records(results / "study" / "records.jsonl.gz") if each.model == "all_answers/seed-0"]
+    own = [each for each in own if each.role == "held_out" and not each.condition]
+    made = render_model_card(results / "study-card", own, name="all_answers/seed-0")
+    assert made == (results / "study-card.md").read_text(encoding="utf-8")

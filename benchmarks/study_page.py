@@ -15,21 +15,21 @@ from manyicl.records import EvaluationRecord
 from manyicl.results.calibrated import CALIBRATED
 from manyicl.results.claims import make_claims
 from manyicl.results.contrasts import Term, estimate
+from manyicl.results.dedicated import count_kept_back
 from manyicl.results.files import ModelFacts, StudyResults, read_results, write_results
 from manyicl.results.forgetting_card import CHAT
 from manyicl.results.readings import FEW_SHOT, OURS
-from manyicl.study.dedicated import count_kept_back
 
 TITLES = {
     "study": "The study: every method with the same budget",
     "study-first": "The study's first reading: 60 queries a task",
-    "study-dedicated": "Dedicated tuning, tuned longer",
+    "study-dedicated-short": "Dedicated tuning as it was first run, stopped early",
 }
 BESIDE = {
     "study": "The first reading, 60 queries a task with weights from another processor, is kept: [study-first](study-first.md).\n"
-    "Dedicated tuning was done again, tuned longer, and is to be read there: [study-dedicated](study-dedicated.md).",
+    "So is dedicated tuning as it was first run, stopped early: [study-dedicated-short](study-dedicated-short.md).",
     "study-first": "The recipe asks for 100 queries since 27 November 2026; what it gives then is [the study](study.md).",
-    "study-dedicated": "Dedicated tuning alone is done anew; what it is compared with are the records of [the study](study.md).",
+    "study-dedicated-short": "Dedicated tuning alone; what it is compared with are the records of [the study](study.md), which tunes longer.",
 }
 CLAIMS = {
     "beats_few_shot": "beats few-shot fine-tuning",
@@ -189,7 +189,7 @@ def forgetting_lines(card: dict[str, Any] | None) -> list[str]:
     for entry in card["models"]:
         if entry["is_final"] and entry["training_seed"] == 0:
             shown = [bits(entry["bits_per_byte_change"].get(corpus)) for corpus in corpora]
-            chat = points(entry["chat_change"]) if entry["chat_change"] else "-"
+            chat = points(entry["chat_change"])
             lines.append(f"| {entry['method']} | {' | '.join(shown)} | {chat} | {card['verdicts'].get(entry['method'], '')} |")
     lines += ["", f"| ours less | {' | '.join(corpora)} |", "|---|" + "---:|" * len(corpora)]
     for method, changes in card["ours_less_other"].items():

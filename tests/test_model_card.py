@@ -12,7 +12,7 @@ import yaml
 from manyicl.config import parse_recipe
 from manyicl.errors import RecordsError, UserInputError
 from manyicl.records import EvaluationRecord, read_records
-from manyicl.reporting.model_card import MARK, render_model_card, write_model_card
+from manyicl.reporting.model_card import MARK, render_model_card, write_model_card, write_study_cards
 from manyicl.reporting.terminal import markdown_curves
 
 FOUNDATION = Path(__file__).parents[1] / "docs" / "results" / "foundation"
@@ -157,9 +157,39 @@ def test_the_command_writes_the_card(run_folder: Path, run_cli: Callable[..., tu
     assert (run_folder / "README.md").read_text(encoding="utf-8") == render_model_card(run_folder, own)
 
 
-def test_the_published_card_of_the_study_is_made_from_its_run_and_its_records() -> None:
+def test_the_published_card_of_the_study_is_made_from_its_run_and_its_records(tmp_path: Path) -> None:
     results = FOUNDATION.parent
-    own = [each for each in read_records(results / "study" / "records.jsonl.gz") if each.model == "all_answers/seed-0"]
-    own = [each for each in own if each.role == "held_out" and not each.condition]
-    made = render_model_card(results / "study-card", own, name="all_answers/seed-0")
-    assert made == (results / "study-card.md").read_text(encoding="utf-8")
+    shutil.copytree(results / "study-card", tmp_path / "run")
+    records = read_records(results / "study" / "records.jsonl.gz")
+    assert write_study_cards({"all_answers/seed-0": tmp_path / "run"}, records) == []
+    assert (tmp_path / "run" / "README.md").read_text(encoding="utf-8") == (results / "study-card.md").read_text(encoding="utf-8")
+
+
+def test_a_card_of_ones_own_hinders_no_other(tmp_path: Path) -> None:
+    """A family left out has a task that is trained on elsewhere, and its card shows it."""
+    results = FOUNDATION.parent
+    runs = {name: tmp_path / name.replace("/", "-") for name in ("zero_shot/seed-0", "all_answers/family/seed-0")}
+    for folder in runs.values():
+        shutil.copytree(results / "study-card", folder)
+    own, other = (folder / "README.md" for folder in runs.values())
+    own.write_bytes(b"caf\xe9")
+    records = read_records(results / "study" / "records.jsonl.gz")
+    (refused,) = write_study_cards(runs, records)
+    assert refused.startswith(f"{own}: was not written by this command.")
+    assert own.read_bytes() == b"caf\xe9"
+    card = huggingface_hub.ModelCard.load(other)
+    assert {each.dataset_name for each in card.data.eval_results} == {"rte", "sick"}
+
+
+@pytest.mark.parametrize(
+    ("num_shots", "words"),
+    [
+        (0, "tuned without demonstrations with"),
+        (5, "tuned behind 5 demonstrations with"),
+        (None, "tuned by many-shot in-context"),
+    ],
+)
+def test_a_card_says_how_the_run_was_tuned(run_folder: Path, num_shots: int | None, words: str) -> None:
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    change_recipe(run_folder, episodes=recipe["episodes"] | {"num_shots": num_shots})
+    assert words in render_model_card(run_folder)

@@ -69,11 +69,12 @@ def test_the_published_report_is_drawn_sorts_and_says_nothing(browser: "Browser"
     found = Opened(browser, PUBLISHED, viewport={"width": 1200, "height": 800})
     page = found.page
     assert "95% interval" in page.locator("header").inner_text()
-    sizes = page.eval_on_selector_all(
-        "figure svg.chart", "(charts) => charts.map((each) => [each.closest('[hidden]') === null, each.clientWidth])"
+    widths = page.eval_on_selector_all(
+        "figure svg.chart",
+        "(charts) => charts.filter((each) => each.closest('[hidden]') === null).map((each) => each.clientWidth)",
     )
-    assert len(sizes) > 10
-    assert all(width > 150 for is_shown, width in sizes if is_shown)
+    assert len(widths) > 10
+    assert min(widths) > 150
     headings = page.locator("figure thead th:first-child button, #claims thead th:first-child button")
     for place in range(headings.count()):
         headings.nth(place).dispatch_event("click")

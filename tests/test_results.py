@@ -97,6 +97,10 @@ def read_figures(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def load_claims(name: str) -> Any:
+    return read_figures(f"{name}/claims")
+
+
 def test_the_page_on_scores_is_made_from_its_file() -> None:
     figures = read_figures("scoring")
     assert (RESULTS / "scoring.md").read_text(encoding="utf-8") == load_benchmark("scoring_page").page(
@@ -168,7 +172,7 @@ def test_the_readme_shows_the_speed_of_the_files() -> None:
 
 
 def test_the_readme_shows_the_claims_of_the_study() -> None:
-    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    found = load_claims("study")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = {
         "beats_few_shot": "few-shot tuning",
@@ -187,7 +191,7 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     verdicts = {name: found["claims"][name]["verdict"] for name in names}
     assert verdicts == dict.fromkeys(names, "not shown") | {"beats_base": "holds"}
     assert {second["claims"][name]["verdict"] for name in names} == {"not shown"}
-    first = json.loads((RESULTS / "study-first" / "claims.json").read_text(encoding="utf-8"))
+    first = load_claims("study-first")
     assert [name for name in names if first["claims"][name]["verdict"] != "holds"] == ["beats_few_shot"]
     untuned = [claims["methods"]["in_context"]["held_out"] for claims in (found, first)]
     assert all(abs(untuned[0][shots]["value"] - untuned[1][shots]["value"]) < 0.5 for shots in untuned[0])
@@ -199,7 +203,10 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     ):
         values = [reading[name][f"difference{place}"] for reading in (dedicated, again) for place in ("", "_at_max")]
         assert f"| {words} | {' | '.join(map(shown, values))} |" in readme
-    share = again["dedicated_prefix"]["share_of_gain"]
+    shares = [dedicated["dedicated_prefix"]["share_of_gain_at_max"], again["dedicated_prefix"]["share_of_gain"]]
+    percent = [[f"{100 * share[end]:.0f}%" for end in ("value", "low", "high")] for share in shares]
+    short = load_claims("study-dedicated-short")["claims"]["approaches_dedicated"]["dedicated_prefix"]["difference_at_max"]
+    assert all(low["low"] < 0 < low["high"] for low in (dedicated["dedicated_prefix"]["difference_at_max"], short))
     five = second["pairs"]["ours_less"]["few_shot_5"]["at_best_shots"]
     untuned = [reading["methods"]["in_context"] for reading in (found, second)]
     plain, calibrated = (method["held_out"][str(method["best_shots"])]["value"] for method in untuned)
@@ -209,8 +216,9 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
         f"by {-second['claims']['beats_few_shot']['at_max']['value']:.1f} points at max, on 5 by {-five['value']:.1f} "
         f"({-five['high']:.1f} to {-five['low']:.1f})",
         f"lifts the untuned model from {plain:.1f} to {calibrated:.1f}",
-        f"{100 * share['value']:.0f}% of their gain over the untuned model at 0 shots "
-        f"({100 * share['low']:.0f}% to {100 * share['high']:.0f}%)",
+        f"ours has {percent[0][0]} of their gain over the untuned model at 0 shots ({percent[0][1]} to {percent[0][2]}), "
+        f"{percent[1][0]} with our scores calibrated and theirs not ({percent[1][1]} to {percent[1][2]})",
+        f"they were {-short['value']:.1f} points ahead ({-short['high']:.1f} to {-short['low']:.1f})",
         f"is not shown either: {shown(slope).replace(' (', ' points a doubling (')}",
         f"{found['methods']['classic']['held_out']['max']['value']:.1f} with the whole train split. Ours, with what fits, scores "
         f"{ours[0]:.1f} at max, and {ours[1]:.1f} calibrated",
@@ -223,8 +231,30 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     assert f"all that fit in {recipe['context_tokens']:,} tokens" in readme
 
 
+def test_what_longer_tuning_did_to_dedicated_models_is_told() -> None:
+    """Means over orders of those tuned on our demonstrations, as first run and tuned longer, on tasks that gain and that lose."""
+    means: dict[str, dict[str, list[float]]] = {}
+    labels: dict[tuple[str, str], list[int]] = {}
+    for name in ("study-dedicated-short", "study"):
+        for record in read_records(RESULTS / name / "records.jsonl.gz"):
+            if record.method == "dedicated_prefix":
+                means.setdefault(record.task, {}).setdefault(name, []).append(100 * record.value)
+                labels.setdefault((name, record.task), []).append(len({*record.queries.predicted}))
+    shown = {task: " to ".join(f"{fmean(values):.1f}" for values in own.values()) for task, own in means.items()}
+    why = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
+    gained = [f"{task} ({shown[task]})" for task in ("trec_question_type", "tweet_emotion", "snips_intent")]
+    lost = [f"{task} ({shown[task]})" for task in ("scitldr_abstract", "sick", "sms_spam")]
+    assert f"gain on {gained[0]}, {gained[1]} and {gained[2]} and lose on {lost[0]}, {lost[1]} and {lost[2]}." in why
+    assert sorted(labels["study", "sms_spam"]) == [1, 1, 2]
+    for name in ("study-dedicated-short", "study"):
+        claim = load_claims(name)["claims"]["approaches_dedicated"]
+        prefix, full = (claim[method]["difference_at_max"] for method in ("dedicated_prefix", "dedicated_full"))
+        told = [f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in (prefix, full)]
+        assert [words for words in told if words not in why] == []
+
+
 def test_the_readme_shows_the_training_seeds_of_the_study() -> None:
-    claims = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    claims = load_claims("study")
     found, again = claims["causes"]["by_seed"], claims["second_reading"]["by_seed"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = {"few_shot_5": "few-shot tuning on 5", "few_shot_16": "few-shot tuning on 16", "zero_shot": "zero-shot tuning"}
@@ -255,7 +285,7 @@ def test_the_readme_shows_the_training_seeds_of_the_study() -> None:
 
 
 def test_the_readme_shows_what_is_forgotten() -> None:
-    card = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))["claims"]["forgets_less"]
+    card = load_claims("study")["claims"]["forgets_less"]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     zero, few = (list(card["ours_less_other"][name].values()) for name in ("zero_shot", "few_shot_5"))
     base = " and ".join(f"{bits:.2f}" for bits in card["base_bits_per_byte"].values())
@@ -270,7 +300,7 @@ def test_the_readme_shows_what_is_forgotten() -> None:
 
 def test_the_page_of_reasons_shows_budgets_and_ablations() -> None:
     page = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
-    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    found = load_claims("study")
     rows = found["causes"]["by_budget"]["few_shot_5"]
     curve = found["budget_curves"]["all_answers"]
     best, most, own = (
@@ -286,18 +316,14 @@ def test_the_page_of_reasons_shows_budgets_and_ablations() -> None:
         ("normalisation", "per_answer", "the loss per answer is {} ahead of ours at max"),
         ("remapping", "remapped_half", "remapping half of the episodes {}."),
     ):
-        claim = json.loads((RESULTS / f"ablation-{name}" / "claims.json").read_text(encoding="utf-8"))["variants"][variant]
+        claim = load_claims(f"ablation-{name}")["variants"][variant]
         one = claim["at_max"]
         assert words.format(f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})") in page
         assert claim["verdict"] == "not shown"
 
 
 def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
-    """The sizes are those tuned longer, the whole split that of the study."""
-    found = {
-        name: json.loads((RESULTS / name / "claims.json").read_text(encoding="utf-8")) for name in ("study", "study-dedicated")
-    }
-    points = found["study-dedicated"]["overtaking"] + [one for one in found["study"]["overtaking"] if one["examples"] == "all"]
+    points = load_claims("study")["overtaking"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     by_count: dict[Any, list[Any]] = {}
     for point in points:
@@ -308,7 +334,7 @@ def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
         16: "16",
         64: "64",
         256: f"256 ({held[0]}, {held[1]} and {held[2]} of them fit)",
-        "all": "whole train split (the same fit), not tuned longer",
+        "all": "whole train split (the same fit)",
     }
     assert list(by_count) == list(names)
     for count, words in names.items():
@@ -325,7 +351,7 @@ def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
 
 def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
     page = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
-    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    found = load_claims("study")
     first, second, causes = found["claims"], found["second_reading"], found["causes"]
     ours, base = "all_answers", "in_context"
     labels = [one["methods"] for one in causes["one_label"].values()]
@@ -361,9 +387,9 @@ def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
         f"at max `few_shot_16` by {shown(less['few_shot_16']['at_max'], sign=-1)}",
         f"without it the {-led['at_max']['value']:.1f} are {-led['without_task']['at_max']['sick']:.1f}",
         f"untuned model is {lead['without_task']['at_best_shots']['sick']:.1f} in place of {lead['at_best_shots']['value']:.1f}",
-        f"as close as {shown(dedicated['dedicated_prefix']['difference'])}",
+        f"same demonstrations is {shown(dedicated['dedicated_prefix']['difference'])}",
         f"{100 * dedicated['dedicated_prefix']['share_of_gain']['value']:.0f}% of its gain over the untuned model",
-        f"to {shown(dedicated['dedicated_full']['difference'])} on the whole train split",
+        f"on the whole train split {shown(dedicated['dedicated_full']['difference'])}",
         f"{100 * dedicated['dedicated_full']['share_of_gain']['value']:.0f}% of it",
         f"ours gains {shown(slopes[ours], ' points a doubling')}, not shown; untuned {shown(slopes[base])}",
         f"ours is {shown(free_text[0], ' points over no tuning at 4 shots')}, on trec_factoid {shown(free_text[1])}",
@@ -397,7 +423,7 @@ def test_the_page_of_reasons_shows_the_figures_of_the_study() -> None:
 
 def test_the_page_of_reasons_is_of_the_study_as_it_is() -> None:
     page = (RESULTS / "why.md").read_text(encoding="utf-8")
-    found = json.loads((RESULTS / "study" / "claims.json").read_text(encoding="utf-8"))
+    found = load_claims("study")
     second = found["second_reading"]
     for name, method in second["methods"].items():
         own = [reading["held_out"][str(reading["best_shots"])]["value"] for reading in (found["methods"][name], method)]

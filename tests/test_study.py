@@ -380,5 +380,5 @@ def test_the_command_writes_a_card_into_each_training(make, tmp_path, run_cli):
     card.write_text("my own words", encoding="utf-8")
     code, output, _ = run_cli("study", path)
     assert (code, card.read_text(encoding="utf-8")) == (0, "my own words")
-    assert "model cards were not written:" in output
+    assert "a model card was not written:" in output
     assert "was not written by this command" in output

@@ -52,7 +52,7 @@ def test_a_study_of_dedicated_tuning_alone_is_read_beside_another(page: Any, res
     alone = joined.model_copy(update={"claims": claims, "recipe": recipe})
     titles = {title for title, _ in page.sections(alone)}
     assert {"Against dedicated tuning", "Where dedicated tuning overtakes"} <= titles
-    assert f"{recipe['budget_tokens']:,} tokens a method" not in page.page(alone, "study-dedicated", "recipe.yaml")
+    assert f"{recipe['budget_tokens']:,} tokens a method" not in page.page(alone, "study-dedicated-short", "recipe.yaml")
     other = results.model_copy(update={"recipe": results.recipe | {"num_queries": 7}})
     with pytest.raises(UserInputError, match="the two studies differ in num_queries, "):
         page.join_results(alone, other)

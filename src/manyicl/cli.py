@@ -211,17 +211,19 @@ def study(
 
 
 def _write_study_cards(folder: "StudyFolder") -> None:
-    """Write a model card into the folder of each finished training; one that cannot be written costs the study nothing."""
+    """Write a model card into the folder of each finished training; one that cannot be written is told and fails nothing."""
     from manyicl.results.files import read_results
     from manyicl.study.command import finished_runs
 
-    runs = finished_runs(folder)
+    if not (runs := finished_runs(folder)):
+        return
     try:
         from manyicl.reporting.model_card import write_study_cards
-
-        write_study_cards(runs, read_results(folder.output / "results").records)
-    except UserInputError as error:
-        typer.echo(f"model cards were not written: {error}")
+    except UserInputError as error:  # Jinja2 is not installed.
+        typer.echo(f"no model cards: {error}")
+        return
+    for problem in write_study_cards(runs, read_results(folder.output / "results").records):
+        typer.echo(f"a model card was not written: {problem}")
 
 
 @app.command()

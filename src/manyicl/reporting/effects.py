@@ -38,7 +38,7 @@ def forgetting_against_gain(findings: Findings) -> Figure | None:
             *(entry[name] for name in ("updates", "tokens", "target_answers")),
             *(_change(entry, corpus) for corpus in corpora),
             entry["gain"],
-            *(_ends(entry["chat_change"]) if entry["chat_change"] else (None, None, None)),
+            *_chat_ends(entry["chat_change"]),
         )
         for entry in entries
     ]
@@ -53,6 +53,11 @@ def forgetting_against_gain(findings: Findings) -> Figure | None:
 def _change(entry: Mapping[str, Any], corpus: str) -> float | None:
     change = entry["bits_per_byte_change"].get(corpus)
     return change["value"] if change else None
+
+
+def _chat_ends(change: Mapping[str, Any] | float | None) -> tuple[Value, Value, Value]:
+    """Value and interval; results of an earlier version have no interval."""
+    return _ends(change) if isinstance(change, Mapping) else (change, None, None)
 
 
 def _snapshots(findings: Findings) -> list[dict[str, Any]]:

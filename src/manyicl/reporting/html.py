@@ -52,7 +52,7 @@ class Section:
 
     Attributes:
         figures: Those that can be drawn so far.
-        commands: What makes them, from the study's recipe on.
+        commands: Those that make them, from the study's recipe on.
     """
 
     key: str
@@ -250,9 +250,9 @@ def _notes(findings: Findings) -> list[str]:
 
 
 def _commands(results: StudyResults, section: str, command: str) -> list[str]:
-    """What was typed to make a section's figures, or with no section the whole report: the study's cells, then the page."""
-    done = {cell.kind for cell in results.cells}
-    kinds = [kind for kind in KINDS.get(section, ()) if kind in done]
+    """The commands that make a section's figures, or with no section the whole report: the study's cells, then the page."""
+    listed = {cell.kind for cell in results.cells}
+    kinds = [kind for kind in KINDS.get(section, ()) if kind in listed]
     study = ["manyicl study study.yaml" + (f" --only {','.join(kinds)}" if kinds else "")]
     return [*(study if results.recipe else []), *([command] if command else [])]
 

@@ -48,28 +48,30 @@ def write_model_card(
         StorageError: it cannot be written.
     """
     path = run_folder / "README.md"
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise UserInputError(f"{path}: was not written by this command. Move it away, or keep it.")
     own = _own_records(records, model or str(run_folder))
     write_text_atomic(path, render_model_card(run_folder, own, name=name))
     return path
 
 
-def write_study_cards(runs: Mapping[str, Path], records: Sequence[EvaluationRecord]) -> None:
-    """Write the README.md of each finished training of a study.
+def write_study_cards(runs: Mapping[str, Path], records: Sequence[EvaluationRecord]) -> list[str]:
+    """Write the README.md of each finished training of a study; what hindered those that were not written, one text a card.
 
     Args:
         runs: Run folders by the names of the models in the records.
-        records: Of the whole study, of which cards show held-out tasks; a model that has none yet is shown without results.
-
-    Raises:
-        UserInputError: a folder holds no finished run, or a README.md that somebody has written.
-        StorageError: a card cannot be written.
+        records: Of the whole study; cards show what chose nothing. A model that has no such record yet is shown without results.
     """
-    held_out = [record for record in records if record.role == "held_out" and not record.condition]
-    evaluated = {record.model for record in held_out}
+    # Tasks of a family that was left out have another role in the suite.
+    shown = [record for record in records if record.role not in ("validation", "builtin") and not record.condition]
+    evaluated = {record.model for record in shown}
+    refused = []
     for model, run in runs.items():
-        write_model_card(run, held_out if model in evaluated else (), model=model, name=model)
+        try:
+            write_model_card(run, shown if model in evaluated else (), model=model, name=model)
+        except UserInputError as error:
+            refused.append(str(error))
+    return refused
 
 
 def _own_records(records: Sequence[EvaluationRecord], model: str) -> list[EvaluationRecord]:
@@ -104,6 +106,7 @@ def render_model_card(run_folder: Path, records: Sequence[EvaluationRecord] = ()
         name=name,
         base=front.get("base_model", recipe.model),
         recipe=recipe,
+        manner=_manner(recipe),
         run=run,
         summary=summary,
         memory=show_bytes(summary["peak_memory_bytes"]),
@@ -129,6 +132,14 @@ def _read(path: Path, *keys: str) -> dict[str, Any]:
     if missing:
         raise UserInputError(f"{path}: has no {', '.join(missing)}. Give the folder of a finished run.")
     return content
+
+
+def _manner(recipe: Recipe) -> str:
+    """How a run was tuned, in words."""
+    num_shots = recipe.episodes.num_shots
+    if num_shots == 0:
+        return "without demonstrations"
+    return "by many-shot in-context fine-tuning" if num_shots is None else f"behind {num_shots} demonstrations"
 
 
 def _front_matter(recipe: Recipe, records: Sequence[EvaluationRecord], name: str) -> dict[str, Any]:

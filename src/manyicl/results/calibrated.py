@@ -19,7 +19,7 @@ def calibrated_model(model: str) -> str:
 
 def is_calibrated(model: str) -> bool:
     """Whether a name is that of a calibrated reading."""
-    return model == calibrated_model(model.partition("+")[0])
+    return model.endswith(f"+{CALIBRATED}")
 
 
 def with_calibrated(records: Sequence[EvaluationRecord]) -> list[EvaluationRecord]:

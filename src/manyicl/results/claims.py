@@ -253,11 +253,11 @@ def _slope_terms(cells: Sequence[Sequence[EvaluationRecord]]) -> list[Term]:
 def family_claim(
     results: StudyResults, cells: Cells, readings: Mapping[str, Reading], few_shot: Reading | None
 ) -> dict[str, Any] | None:
-    """Ours less few-shot tuning where a whole family was left out of the training, at max and at the shots chosen with it.
+    """Ours less few-shot tuning where a whole family was left out of the training, at max and at the shots of the main setting.
 
     Returns:
         The claim is at max, against the variant that validation tasks choose, as everywhere; `by_method` holds the difference to
-        each. `at_best_shots` is at the shots that `readings` have, and None where these were not evaluated.
+        each. `at_best_shots` is at the shots that `readings` have; None where one has none, or was not evaluated there.
     """
     finals = {facts.method: facts.model for facts in results.models if facts.is_final and facts.setting == "family"}
     setting = results.recipe.get("held_out_family") or {}

@@ -74,6 +74,11 @@ def _subtract(left: TaskTerms, right: TaskTerms) -> TaskTerms:
     return {name: [*left[name], *(Term(-term.weight, term.records) for term in right[name])] for name in left}
 
 
+def count_kept_back(num_examples: int) -> int:
+    """How many of the examples a dedicated model is not trained on: a fifth, one at least."""
+    return max(1, num_examples // 5)
+
+
 def overtaking(cells: Cells, ours: str) -> list[dict[str, Any]]:
     """On each task with dedicated models of several sizes: both by number of examples, in points."""
     points = []

@@ -14,6 +14,7 @@ from manyicl.episodes import Episode, order_examples
 from manyicl.errors import TaskError
 from manyicl.modeling import add_lora, load_model, save_model
 from manyicl.packing import Row, RowDataset
+from manyicl.results.dedicated import count_kept_back
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.task import Example, Task
 from manyicl.training import TrainingResult, Validation, prepare_for_training, train_model
@@ -78,13 +79,8 @@ def tune_dedicated(
 def split_fifth(examples: SequenceOf[Example], name: str, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """A fifth of the examples, and the rest; a pure function of (seed, name)."""
     order = order_examples(examples, seed=seed, purpose=f"dedicated/{name}", index=0)
-    kept_back = count_kept_back(len(order))
-    return tuple(order[:kept_back]), tuple(order[kept_back:])
-
-
-def count_kept_back(num_examples: int) -> int:
-    """A fifth of the examples, one at least."""
-    return max(1, num_examples // 5)
+    num_kept_back = count_kept_back(len(order))
+    return tuple(order[:num_kept_back]), tuple(order[num_kept_back:])
 
 
 def _rows_of(task: Task, examples: SequenceOf[Example], encoder: Encoder) -> list[Row]:

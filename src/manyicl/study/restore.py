@@ -72,7 +72,8 @@ def _check(folder: StudyFolder, results: StudyResults, source: Path) -> None:
     unknown = sorted({cell.cell for cell in results.cells if cell.status == "done"} - {cell.name for cell in folder.cells})
     if unknown:
         raise RecipeError(
-            f"{source}: holds cells that this study does not have ({', '.join(unknown)}). Give the recipe they came from."
+            f"{source}: holds cells that this study does not have ({', '.join(unknown)}). Give the recipe they came "
+            "from; if it is this, restore with the version that wrote them."
         )
 
 

@@ -250,6 +250,7 @@ def test_a_finished_cell_whose_records_were_cut_is_done_again(make, caplog):
         ({"budget": 3}, r"unknown key 'budget'; the nearest valid one is 'budget_tokens'"),
         ({"training": {"episodes": {"max_token": 3}}}, r"training recipe of zero_shot: unknown key 'episodes.max_token'"),
         ({"shots": []}, r"shots = \[\]"),
+        ({"dedicated": {"rates": [1e-3], "num_rates": 2}}, r"dedicated.num_rates is 2, and rates holds 1\. Name more"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(tmp_path, sections, message):

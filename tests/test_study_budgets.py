@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from manyicl.study import dedicated
 from manyicl.study.cells import list_cells
 from manyicl.study.dedicated import split_fifth
 from manyicl.study.forecast import Forecaster, forecast_study
@@ -66,6 +67,29 @@ def test_dedicated_tuning_is_forecast_at_its_caps(make):
     assert forecaster._dedicated_tokens(cells["dedicated/speed/4-0"]) == pytest.approx(4 * length * 2)
     assert forecaster._dedicated_tokens(cells["dedicated/speed/prefix-1"]) == 256 * 2
     assert forecaster._dedicated_tokens(cells["dedicated-rate/mood/0.001"]) == 60
+
+
+def test_the_fifth_kept_back_chooses_the_rate_of_each_dedicated_model(make, monkeypatch):
+    """1e-9 is made the best on validation tasks and changes nothing: it is tuned at, and not taken."""
+    options = {"rates": [1e-9, 1e-2, 3e-2], "num_rates": 2, "max_epochs": 4, "rate_tokens": 60, "overtaking_tasks": []}
+    recipe = make(**FAST | {"methods": ["in_context", "dedicated"], "dedicated": options})
+    work(recipe, only=["dedicated-rate"])
+    folder = open_folder(recipe)
+    for rate, score in (("1e-09", 0.9), ("0.01", 0.1), ("0.03", 0.5)):
+        path = folder.folder(f"dedicated-rate/mood/{rate}") / "result.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["facts"]["score"] = score
+        path.write_text(json.dumps(content), encoding="utf-8")
+    work(recipe, only=["dedicated/speed/full"])
+    found = folder.read("dedicated/speed/full")
+    losses = found.facts["kept_back_losses"]
+    assert set(losses) == {"1e-09", "0.03"}
+    assert losses["0.03"] < losses["1e-09"]
+    assert (found.facts["rate"], found.models[0].learning_rate) == (3e-2, 3e-2)
+    (folder.folder("dedicated/speed/full") / "result.json").unlink()
+    monkeypatch.setattr(dedicated, "tune_dedicated", None)  # A cell that goes on tunes nothing twice.
+    work(recipe, only=["dedicated/speed/full"])
+    assert open_folder(recipe).read("dedicated/speed/full").facts == found.facts
 
 
 def test_a_task_too_long_for_the_budget_is_named_and_the_rest_goes_on(make):

@@ -1,10 +1,11 @@
 """Dedicated tuning: one adapter on one task's examples, without demonstrations; a fifth is kept back to stop in time."""
 
+import json
 import logging
 import math
 import shutil
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from manyicl.arguments import training_arguments
@@ -12,6 +13,7 @@ from manyicl.config import EpisodesConfig
 from manyicl.encoding import Encoder, Sequence, encode_episode
 from manyicl.episodes import Episode, order_examples
 from manyicl.errors import TaskError
+from manyicl.files import write_json_atomic
 from manyicl.modeling import add_lora, load_model, save_model
 from manyicl.packing import Row, RowDataset
 from manyicl.results.dedicated import count_kept_back
@@ -22,6 +24,7 @@ from manyicl.training import TrainingResult, Validation, prepare_for_training, t
 logger = logging.getLogger(__name__)
 
 _ROW_TOKENS = 2048
+_RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,36 @@ class DedicatedRun:
     folder: Path
     result: TrainingResult
     num_examples: int
+    rate: float
+
+    @property
+    def kept_back_loss(self) -> float:
+        """The loss on the fifth kept back of the weights that were kept, in nats a token."""
+        return min(loss for _, loss in self.result.validation_losses)
+
+
+def tune_at_rates(
+    recipe: StudyRecipe, task: Task, examples: SequenceOf[Example], *, rates: SequenceOf[float], seed: int, folder: Path
+) -> list[DedicatedRun]:
+    """A run at each rate, in a folder of `folder` named after it; one that is finished is read, and not done again.
+
+    Raises:
+        TaskError: there are fewer than two examples.
+    """
+    runs = []
+    for rate in rates:
+        own = folder / f"{rate:g}"
+        if not (own / _RESULT_FILE).is_file():
+            tune_dedicated(recipe, task, examples, rate=rate, seed=seed, folder=own)
+        content = json.loads((own / _RESULT_FILE).read_text(encoding="utf-8"))
+        runs.append(DedicatedRun(own, TrainingResult(**content), len(examples), rate))
+    return runs
 
 
 def tune_dedicated(
     recipe: StudyRecipe, task: Task, examples: SequenceOf[Example], *, rate: float, seed: int, folder: Path
-) -> DedicatedRun:
-    """Tune on `examples` alone and write the model to `folder`, which is emptied first.
+) -> None:
+    """Tune on `examples` alone and write the model to `folder`, which is emptied first; what it took is written last.
 
     A row holds the examples of about one pass, or 2,048 tokens; `max_epochs` counts passes rounded up to whole rows. After each
     pass, or a quarter of the budget where a pass is longer, the loss on the fifth kept back is looked at; the weights of the best
@@ -73,7 +100,8 @@ def tune_dedicated(
     )
     save_model(model, loaded.tokenizer, folder, base=recipe.model, note=loaded.note)
     shutil.rmtree(folder / "checkpoints")
-    return DedicatedRun(folder, result, len(examples))
+    told = {each.name: getattr(result, each.name) for each in fields(result) if each.name != "weights"}
+    write_json_atomic(folder / _RESULT_FILE, told)
 
 
 def split_fifth(examples: SequenceOf[Example], name: str, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:

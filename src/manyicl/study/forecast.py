@@ -105,7 +105,8 @@ class Forecaster:
         else:
             held = self._length(task) * (len(task.train) if wanted == "full" else int(wanted))
         limits = self.recipe.dedicated.for_kind(cell.kind)
-        return min(limits.max_tokens, held * limits.max_epochs)
+        num_rates = 1 if cell.kind == "dedicated-rate" else limits.num_rates
+        return num_rates * min(limits.max_tokens, held * limits.max_epochs)
 
     def _length(self, task: Task) -> float:
         """Mean tokens of an example."""

@@ -31,7 +31,7 @@ from manyicl.results.readings import read_method
 from manyicl.robustness import evaluate_robustness
 from manyicl.runs import train
 from manyicl.study.cells import Cell, rate_method, rate_name
-from manyicl.study.dedicated import tune_dedicated
+from manyicl.study.dedicated import tune_at_rates
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.readers import load_suite
 from manyicl.tasks.task import TaskSuite
@@ -181,9 +181,10 @@ class Study:
             order = order[: opened.num_demonstrations]
         elif wanted != "full":
             order = order[: int(wanted)]
-        rate = cell.options.get("rate") or self._dedicated_rate()
+        rates = [cell.options["rate"]] if "rate" in cell.options else self._dedicated_rates()
         recipe = self.recipe.model_copy(update={"dedicated": self.recipe.dedicated.for_kind(cell.kind)})
-        run = tune_dedicated(recipe, task, order, rate=rate, seed=seed, folder=self.folder(cell.name) / "run")
+        runs = tune_at_rates(recipe, task, order, rates=rates, seed=seed, folder=self.folder(cell.name) / "run")
+        run = min(runs, key=lambda each: each.kept_back_loss)
         plan = self._plan(cell.name, (0,), num_seeds=seed + 1)
         records = self._evaluate_model(str(run.folder), cell, [cell.task], plan, seeds=[seed])
         facts = ModelFacts(
@@ -192,7 +193,7 @@ class Study:
             task=cell.task,
             num_examples=run.num_examples,
             training_seed=seed,
-            learning_rate=rate,
+            learning_rate=run.rate,
             updates=run.result.updates,
             tokens=run.result.tokens,
             answers=run.result.answers,
@@ -201,17 +202,18 @@ class Study:
             peak_memory_bytes=run.result.peak_memory_bytes,
             is_final=True,
         )
-        return Outcome(models=[facts], facts={"rate": rate, "score": records[0].value})
+        losses = {rate_name(each.rate): each.kept_back_loss for each in runs}
+        return Outcome(models=[facts], facts={"rate": run.rate, "score": records[0].value, "kept_back_losses": losses})
 
-    def _dedicated_rate(self) -> float:
-        """The rate with the highest mean score over dedicated models of the validation tasks, the lower one of equals."""
+    def _dedicated_rates(self) -> list[float]:
+        """The rates with the highest mean scores over dedicated models of the validation tasks, the lower one of equals first."""
         rates = sorted(self.recipe.dedicated.rates)
         tasks = self.suite.validation
         scores = {
             rate: statistics.fmean(self.read(f"dedicated-rate/{task}/{rate_name(rate)}").facts["score"] for task in tasks)
             for rate in rates
         }
-        return max(rates, key=lambda rate: scores[rate])
+        return sorted(rates, key=lambda rate: -scores[rate])[: self.recipe.dedicated.num_rates]
 
     # Evaluation
 

@@ -56,12 +56,21 @@ class DedicatedConfig(_Section):
     """Dedicated tuning: one model per task and set of examples, without demonstrations."""
 
     rates: list[float] = Field([2e-4, 6e-4, 2e-3], min_length=1, description="Rates tried on validation tasks.")
+    num_rates: int = Field(1, ge=1, description="How many of the best each model is tuned at; the fifth kept back chooses.")
     max_epochs: int = Field(10, ge=1, description="Passes over the examples, rounded up to whole rows, at most.")
     max_tokens: int = Field(200_000, ge=1, description="Tokens fed, at most.")
     rate_tokens: int | None = Field(None, ge=1, description="The same at each rate that is tried; None for as many.")
     patience: int = Field(2, ge=1, description="Stops after so many looks at the fifth kept back without a better loss.")
     overtaking_tasks: list[str] = Field(default_factory=list, description="Tasks on which several sizes are tuned.")
     overtaking_examples: list[int] = Field([16, 64, 256], description="Those sizes, in examples.")
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> "DedicatedConfig":
+        if self.num_rates > len(self.rates):
+            raise ValueError(
+                f"dedicated.num_rates is {self.num_rates}, and rates holds {len(self.rates)}. Name more, or ask for fewer."
+            )
+        return self
 
     def for_kind(self, kind: str) -> "DedicatedConfig":
         """The limits of a kind of cells: fewer tokens, where asked for, while rates are tried (`dedicated-rate`)."""

@@ -210,12 +210,19 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     five = second["pairs"]["ours_less"]["few_shot_5"]["at_best_shots"]
     untuned = [reading["methods"]["in_context"] for reading in (found, second)]
     plain, calibrated = (method["held_out"][str(method["best_shots"])]["value"] for method in untuned)
+    at_max = untuned[0]["held_out"]["max"]["value"]
+    reweighted = second["pairs"]["ours_less"]["reweighted"]["at_best_shots"]
+    best = dedicated["dedicated_prefix"]["difference"]
     slope = found["claims"]["more_shots_help"]["all_answers"]
     ours = [reading["methods"]["all_answers"]["held_out"]["max"]["value"] for reading in (found, second)]
     expected = [
         f"by {-second['claims']['beats_few_shot']['at_max']['value']:.1f} points at max, on 5 by {-five['value']:.1f} "
         f"({-five['high']:.1f} to {-five['low']:.1f})",
         f"lifts the untuned model from {plain:.1f} to {calibrated:.1f}",
+        f"{at_max - plain:.1f} points are of more shots: calibrated it is read at {untuned[1]['best_shots']}, before at "
+        f"{untuned[0]['best_shots']}, and not calibrated it has {at_max:.1f} at max",
+        f"in the second reading, by {-reweighted['value']:.1f} ({-reweighted['high']:.1f} to {-reweighted['low']:.1f})",
+        f"they are ahead, by {-best['value']:.1f} ({-best['high']:.1f} to {-best['low']:.1f})",
         f"ours has {percent[0][0]} of their gain over the untuned model at 0 shots ({percent[0][1]} to {percent[0][2]}), "
         f"{percent[1][0]} with our scores calibrated and theirs not ({percent[1][1]} to {percent[1][2]})",
         f"they were {-short['value']:.1f} points ahead ({-short['high']:.1f} to {-short['low']:.1f})",
@@ -229,6 +236,19 @@ def test_the_readme_shows_the_claims_of_the_study() -> None:
     recipe = yaml.safe_load((RESULTS / "study" / "study.yaml").read_text(encoding="utf-8"))
     assert f"{recipe['budget_tokens']:,} tokens each" in readme
     assert f"all that fit in {recipe['context_tokens']:,} tokens" in readme
+
+
+def test_the_scores_of_dedicated_rates_are_those_of_their_cells() -> None:
+    results = read_results(RESULTS / "study")
+    scores: dict[str, list[float]] = {}
+    for cell in results.cells:
+        if cell.kind == "dedicated-rate":
+            scores.setdefault(cell.cell.rpartition("/")[2], []).append(100 * cell.facts["score"])
+    means = {rate: f"{fmean(own):.1f}" for rate, own in scores.items()}
+    (note,) = (note for note in results.recipe["notes"] if note.startswith("The rate of dedicated tuning is 2e-3."))
+    assert f"2e-4, 6e-4 and 2e-3 had {means['0.0002']}, {means['0.0006']} and {means['0.002']} on" in note
+    assert f"on a processor with AMX, {means['0.006']}." in note
+    assert max(means, key=lambda rate: float(means[rate])) == "0.002"
 
 
 def test_what_longer_tuning_did_to_dedicated_models_is_told() -> None:

@@ -86,6 +86,9 @@ def test_the_fifth_kept_back_chooses_the_rate_of_each_dedicated_model(make, monk
     assert set(losses) == {"1e-09", "0.03"}
     assert losses["0.03"] < losses["1e-09"]
     assert (found.facts["rate"], found.models[0].learning_rate) == (3e-2, 3e-2)
+    runs = [folder.folder("dedicated/speed/full") / "run" / rate / "result.json" for rate in losses]
+    taken = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in runs]
+    assert found.models[0].seconds == pytest.approx(sum(taken))
     (folder.folder("dedicated/speed/full") / "result.json").unlink()
     monkeypatch.setattr(dedicated, "tune_dedicated", None)  # A cell that goes on tunes nothing twice.
     work(recipe, only=["dedicated/speed/full"])

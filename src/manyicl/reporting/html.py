@@ -140,7 +140,26 @@ def sections(findings: Findings, *, command: str = "") -> list[Section]:
     Args:
         command: What was typed to make the report.
     """
-    parts: list[tuple[str, str, str, Sequence[Figure | None], Sequence[str]]] = [
+    return [
+        Section(
+            key,
+            title,
+            "" if any(figures) else waiting,
+            [figure for figure in figures if figure],
+            paragraphs,
+            _commands(findings.results, key, command),
+        )
+        for key, title, waiting, figures, paragraphs in _parts(findings)
+        if waiting or any(figures)
+    ]
+
+
+_Part = tuple[str, str, str, Sequence[Figure | None], Sequence[str]]
+
+
+def _parts(findings: Findings) -> list[_Part]:
+    """Key, title, what it waits for, figures (None where one cannot be drawn) and paragraphs of each section."""
+    return [
         (
             "shots",
             "Shots",
@@ -188,18 +207,6 @@ def sections(findings: Findings, *, command: str = "") -> list[Section]:
             [training_costs(findings), work(findings), failures(findings.results.cells)],
             (),
         ),
-    ]
-    return [
-        Section(
-            key,
-            title,
-            "" if any(figures) else waiting,
-            [figure for figure in figures if figure],
-            paragraphs,
-            _commands(findings.results, key, command),
-        )
-        for key, title, waiting, figures, paragraphs in parts
-        if waiting or any(figures)
     ]
 
 

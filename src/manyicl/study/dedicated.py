@@ -17,6 +17,7 @@ from manyicl.files import write_json_atomic
 from manyicl.modeling import add_lora, load_model, save_model
 from manyicl.packing import Row, RowDataset
 from manyicl.results.dedicated import count_kept_back
+from manyicl.study.cells import rate_name
 from manyicl.study.recipe import StudyRecipe
 from manyicl.tasks.task import Example, Task
 from manyicl.training import TrainingResult, Validation, prepare_for_training, train_model
@@ -52,7 +53,7 @@ def tune_at_rates(
     """
     runs = []
     for rate in rates:
-        own = folder / f"{rate:g}"
+        own = folder / rate_name(rate)
         if not (own / _RESULT_FILE).is_file():
             tune_dedicated(recipe, task, examples, rate=rate, seed=seed, folder=own)
         content = json.loads((own / _RESULT_FILE).read_text(encoding="utf-8"))

@@ -198,8 +198,8 @@ class Study:
             tokens=run.result.tokens,
             answers=run.result.answers,
             target_answers=run.result.answers,
-            seconds=run.result.seconds,
-            peak_memory_bytes=run.result.peak_memory_bytes,
+            seconds=sum(each.result.seconds for each in runs),  # The rates that were not taken cost too.
+            peak_memory_bytes=max(each.result.peak_memory_bytes for each in runs),
             is_final=True,
         )
         losses = {rate_name(each.rate): each.kept_back_loss for each in runs}

@@ -132,7 +132,8 @@ def test_records_of_other_models_are_refused(run_folder: Path, records: list[Eva
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("summary.json", None, "summary.json: cannot be read (No such file or directory). Give the folder of a finished run."),
+        ("summary.json", None, "summary.json: cannot be read (No such file or directory). A run was started here and has not"),
+        ("run.json", None, "run.json: cannot be read (No such file or directory). Give the folder of a finished run."),
         ("summary.json", "{", "summary.json: is damaged (Expecting property name enclosed in double quotes"),
         ("summary.json", '{"updates": 3, "tokens": 4}', "summary.json: has no answers, seconds, peak_memory_bytes. Give"),
         ("run.json", "[]", "run.json: holds a list, not a mapping. Give the folder of a finished run."),

@@ -143,6 +143,12 @@ def test_a_folder_without_weights_is_an_error(tiny_model_folder, run_folder, tmp
         load_model(folder)
 
 
+def test_a_run_that_has_not_finished_is_called_so(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: default\n")
+    with pytest.raises(ModelError, match=r"holds no model .* has not finished\. Go on with it: manyicl train RECIPE --resume\."):
+        load_model(tmp_path)
+
+
 def test_weights_that_would_be_random_are_an_error(tiny_model_folder, tmp_path):
     shutil.copytree(tiny_model_folder("llama"), tmp_path / "partial")
     tensors = load_file(tmp_path / "partial" / "model.safetensors")

@@ -81,7 +81,7 @@ def hub(tmp_path, monkeypatch):
     return build
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "./no/such/folder", "no-such-model"])
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
 def test_a_hub_id_that_cannot_be_reached_is_an_error_that_lists_what_may_be_given(name):
     with pytest.raises(
         ModelError, match=r"cannot be loaded .* Give `default`, a folder, a hub id that can be reached, a \.gguf file"
@@ -89,6 +89,15 @@ def test_a_hub_id_that_cannot_be_reached_is_an_error_that_lists_what_may_be_give
         load_model(name)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "no/such/folder", "runs/nowhere", "{here}/nowhere"])
+def test_a_folder_that_is_not_there_is_said_without_asking_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError, match=r"(nowhere|folder): there is no such folder in /.*\. Give `default`, a folder"):
+        load_model(name.format(here=tmp_path))
 
 
 def test_pushing_makes_the_repository_and_uploads_the_folder_without_checkpoints(run_folder, monkeypatch):

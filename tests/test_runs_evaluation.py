@@ -1,4 +1,4 @@
-"""Models put to use: evaluated on tasks, by one process or several, asked to predict, and measured on corpora."""
+"""Models put to use: evaluated on tasks, by one process or several, and measured on corpora."""
 
 import json
 
@@ -8,13 +8,8 @@ import torch
 from manyicl import runs
 from manyicl.errors import UserInputError
 from manyicl.modeling import load_model, save_model
-from manyicl.runs import EvaluationRequest, evaluate_models, measure_corpora, predict, predict_file
-from manyicl.tasks.readers import load_task
-from manyicl.tasks.task import Example
+from manyicl.runs import EvaluationRequest, evaluate_models, measure_corpora
 from model_fixtures import count_calls
-from plain_fixtures import write_rows
-
-EXAMPLES = [Example(f"number {number}", ("odd", "even")[number % 2 == 0]) for number in range(8)]
 
 
 def request_for(suite, *models, **fields):
@@ -55,7 +50,7 @@ def test_tasks_are_chosen_by_role_or_name(suite_folder, tiny_model_folder, tmp_p
         ({"format": "markdown"}, "format 'markdown' is neither plain nor chat"),
         ({"context_tokens": 5000}, "a context of 5000 tokens was asked of .*, which has 4096 positions"),
         ({"context_tokens": 10}, "the longest query and its answer take 22 tokens, more than the context of 10"),
-        ({"models": ("no/such/model",)}, "no/such/model: cannot be loaded"),
+        ({"models": ("no/such/model",)}, "no/such/model: there is no such folder"),
     ],
 )
 def test_wrong_requests_are_errors_and_leave_no_records(suite_folder, tiny_model_folder, tmp_path, fields, message):
@@ -73,71 +68,6 @@ def test_the_context_limits_demonstrations(suite_folder, tiny_model_folder, tmp_
     assert records[0].prefix_tokens < 100
 
 
-def test_predicting_scores_labels_that_recur(tiny_loaded):
-    answers, num_used = predict(tiny_loaded("llama"), EXAMPLES, ["number 11", "number 12"], seed=1)
-    assert num_used == 8
-    assert {answer.text for answer in answers} <= {"odd", "even"}
-    assert all(answer.log_probability < 0 for answer in answers)
-    assert predict(tiny_loaded("llama"), EXAMPLES, ["number 11", "number 12"], seed=1) == (answers, num_used)
-    assert predict(tiny_loaded("llama"), EXAMPLES, ["number 11"], seed=2)[0] != answers[:1]
-
-
-def test_predicting_writes_free_text(tiny_loaded):
-    free = [Example(f"number {number}", f"answer {number}") for number in range(4)]
-    (answer,), num_used = predict(tiny_loaded("llama"), free, ["number 9"])
-    assert (answer.choice, num_used) == (-1, 4)
-
-
-def test_predicting_nothing_is_nothing(tiny_loaded):
-    assert predict(tiny_loaded("llama"), EXAMPLES, []) == ([], 0)
-
-
-def test_options_of_demonstrations_are_not_asked_of_queries(tiny_loaded):
-    with_options = [Example(each.input, each.answer, options=("even", "odd", "none")) for each in EXAMPLES]
-    answers, _ = predict(tiny_loaded("llama"), with_options, ["number 11"])
-    assert answers == predict(tiny_loaded("llama"), EXAMPLES, ["number 11"])[0]
-
-
-def test_a_query_that_does_not_fit_is_an_error(tiny_loaded):
-    with pytest.raises(UserInputError, match="queries are never cut"):
-        predict(tiny_loaded("llama", max_position_embeddings=64), EXAMPLES, ["x" * 60])
-
-
-def test_a_file_of_queries_becomes_a_file_of_answers(tiny_model_folder, tmp_path):
-    examples = write_rows(tmp_path / "d.jsonl", [{"input": each.input, "answer": each.answer} for each in EXAMPLES])
-    queries = write_rows(tmp_path / "q.jsonl", [{"input": "number 11"}, {"input": "é ☃"}])
-    model = str(tiny_model_folder("llama"))
-    assert predict_file(model, examples, queries, tmp_path / "out" / "a.jsonl", seed=1) == (8, 8, 2)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
-    expected, _ = predict(model, EXAMPLES, ["number 11", "é ☃"], seed=1)
-    assert rows == [
-        {"input": text, "answer": answer.text, "log_probability": answer.log_probability}
-        for text, answer in zip(("number 11", "é ☃"), expected, strict=True)
-    ]
-
-
-def test_predicting_from_a_tasks_folder_reads_its_task_yaml(tiny_model_folder, tmp_path):
-    folder = tmp_path / "colours"
-    folder.mkdir()
-    (folder / "task.yaml").write_text('input: "colour of {thing}?"\nanswer: colour\nlabels: [red, green, blue]\n')
-    write_rows(folder / "train.jsonl", [{"thing": f"t{n}", "colour": ("red", "green")[n % 2]} for n in range(6)])
-    queries = write_rows(tmp_path / "q.jsonl", [{"thing": "t9"}])
-    model = str(tiny_model_folder("llama"))
-    assert predict_file(model, folder, queries, tmp_path / "a.jsonl", context_tokens=200) == (5, 6, 1)
-    (row,) = map(json.loads, (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines())
-    assert (row["input"], row["answer"] in ("red", "green", "blue")) == ("colour of t9?", True)
-    (answer,), _ = predict(model, load_task(folder), ["colour of t9?"], context_tokens=200)
-    assert (row["answer"], row["log_probability"]) == (answer.text, answer.log_probability)
-
-
-def test_a_query_without_the_options_that_its_task_has_is_an_error(tiny_loaded, small_task):
-    rows = [Example(f"n{number}", "x", options=("x", "y" * number)) for number in range(1, 4)]
-    task = small_task((), train=rows, test=())
-    assert len(predict(tiny_loaded("llama"), task, [Example("n9", "", options=("x", "z"))])[0]) == 1
-    with pytest.raises(UserInputError, match=r"query 0 \('n9'\) has no options, as the examples of task .* have\. Give it"):
-        predict(tiny_loaded("llama"), task, ["n9"])
-
-
 def test_a_run_is_read_in_the_format_that_it_was_tuned_in(suite_folder, tiny_model, byte_tokenizer, tmp_path):
     save_model(tiny_model("llama"), byte_tokenizer, tmp_path / "model", base="", note="", format="chat")
     assert load_model(tmp_path / "model").format == "chat"
@@ -147,16 +77,6 @@ def test_a_run_is_read_in_the_format_that_it_was_tuned_in(suite_folder, tiny_mod
         found[format] = [record.prefix_tokens for record in evaluate_models(request, tmp_path / f"{format}.jsonl")]
     assert found[None] == found["chat"] != found["plain"]
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "model").glob("*.safetensors")] == [0o644]
-
-
-def test_nothing_is_half_written_when_predicting_fails(tiny_model_folder, tmp_path, monkeypatch):
-    examples = write_rows(tmp_path / "d.jsonl", [{"input": each.input, "answer": each.answer} for each in EXAMPLES])
-    queries = write_rows(tmp_path / "q.jsonl", [{"input": "short"}, {"input": "x" * 5000}])
-    (tmp_path / "a.jsonl").write_text("earlier answers")
-    with pytest.raises(UserInputError, match="queries are never cut"):
-        predict_file(str(tiny_model_folder("llama")), examples, queries, tmp_path / "a.jsonl")
-    assert (tmp_path / "a.jsonl").read_text() == "earlier answers"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "d.jsonl", "q.jsonl"]
 
 
 def test_corpora_of_one_name_are_told_apart(tiny_model_folder, tmp_path):
@@ -192,7 +112,7 @@ def test_processes_share_the_cells_of_an_evaluation(suite_folder, tiny_model_fol
     )
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    computed = count_calls(monkeypatch, runs, "_open_engine")
+    computed = count_calls(monkeypatch, runs, "open_engine")
     assert len(evaluate_models(request, tmp_path / "shared.jsonl")) == 8
     assert len(computed) == 1  # The model is opened, and no cell is done again.
     assert len((tmp_path / "shared.jsonl").read_text().splitlines()) == 8

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from manyicl.estimator import ManyShotClassifier, ManyShotGenerator
     from manyicl.label_search import find_best_labels
     from manyicl.modeling import LoadedModel, export_model, load_model, push_to_hub
+    from manyicl.prediction import predict
     from manyicl.prefix import Prefix, extend, prefill, quantise
     from manyicl.prefix_files import PrefixFacts, identify_prefix, load_prefix, save_prefix
     from manyicl.prefix_store import PrefixStore
-    from manyicl.runs import EvaluationRequest, evaluate_models, predict, train
+    from manyicl.runs import EvaluationRequest, evaluate_models, train
     from manyicl.scoring import generate_answers, score_labels
     from manyicl.tasks.checks import check_suite, check_task
     from manyicl.tasks.readers import load_suite, load_task, read_examples
@@ -49,7 +50,7 @@ _HOMES = {
     "load_recipe": "config",
     "load_suite": "tasks.readers",
     "load_task": "tasks.readers",
-    "predict": "runs",
+    "predict": "prediction",
     "prefill": "prefix",
     "push_to_hub": "modeling",
     "quantise": "prefix",

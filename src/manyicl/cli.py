@@ -106,12 +106,15 @@ def predict(
     seed: Annotated[int, typer.Option(help="Seed of the order of demonstrations.", min=0)] = 0,
     context: Annotated[Optional[int], typer.Option(help="Tokens of context; the model's own unless given.")] = None,  # noqa: UP045
     format: Annotated[Optional[str], typer.Option(help="plain or chat; what the model was tuned in unless given.")] = None,  # noqa: UP045
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Correct label scores by those after random words of the demonstrations.")
+    ] = False,
 ) -> None:
     """Answer queries of a task of your own from its labelled examples, without tuning."""
-    from manyicl.runs import predict_file
+    from manyicl.prediction import predict_file
 
     num_used, num_given, num_answers = predict_file(
-        model, demonstrations, queries, output, seed=seed, context_tokens=context, format=format
+        model, demonstrations, queries, output, seed=seed, context_tokens=context, format=format, calibrate=calibrate
     )
     typer.echo(f"{num_answers} answers from {num_used} of {num_given} demonstrations; written to {output}")
 

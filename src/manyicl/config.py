@@ -145,6 +145,13 @@ def parse_recipe(content: dict[str, Any], *, where: str = "recipe") -> Recipe:
         raise RecipeError(explain_validation(error, Recipe, where=where)) from error
 
 
+def missing_run_hint(folder: Path, *, otherwise: str) -> str:
+    """What to do where `folder` holds no finished run: to go on with it where one was started there, or `otherwise`."""
+    if (folder / "recipe.yaml").is_file() and not (folder / "summary.json").is_file():
+        return "A run was started here and has not finished. Go on with it: manyicl train RECIPE --resume."
+    return otherwise
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from manyicl.dtypes import Dtype
 from manyicl.errors import ModelError
 from manyicl.files import storage_errors
-from manyicl.modeling import LoadedModel, bars_on_terminals_only, check_logits, load_model
+from manyicl.model_names import bars_on_terminals_only
+from manyicl.modeling import LoadedModel, check_logits, load_model
 
 _ARCHITECTURE = "llama"
 _SPLIT_LIKE_LLAMA3 = (

@@ -8,10 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +16,24 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from manyicl.config import LoraConfig
-from manyicl.default_model import DEFAULT_NOTE, default_model_folder, gguf_model_folder
 from manyicl.dtypes import Dtype, resolve_dtype
 from manyicl.errors import ModelError
 from manyicl.files import hash_file, storage_errors, write_json_atomic
+from manyicl.model_names import (
+    RUN_FILE,
+    bars_on_terminals_only,
+    hub_file,
+    loading_errors,
+    locate_model,
+    read_adapter_run,
+    read_run_file,
+)
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "manyicl.json"
 # JSON files that decide what a model answers; a run's own (its summary, its measured speed) do not.
 _FINGERPRINTED = (
     "config.json",
@@ -42,8 +44,6 @@ _FINGERPRINTED = (
     "added_tokens.json",
     "vocab.json",
 )
-# Files of a hub repository that an adapter is loaded from.
-_ADAPTER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.safetensors"]
 # Scalings of rotary positions that are the same for every length, so that keys computed before stay true.
 _ROPE_SCALINGS = ("linear", "yarn")
 NUM_CHECKED_TOKENS = 48
@@ -95,12 +95,12 @@ def load_model(
             does not fit the model.
     """
     name, target = str(name), resolve_dtype(dtype)
-    folder, note = _locate(name)
+    folder, note = locate_model(name)
     if folder is not None and (folder / "adapter_config.json").is_file():
-        run = _read_adapter_run(name, folder)
+        run = read_adapter_run(name, folder)
         scaling = rope_scaling or run["rope_scaling"]
         base = load_model(run["base"], dtype="float32", rope_scaling=scaling, trust_remote_code=trust_remote_code)
-        with _loading(name):
+        with loading_errors(name):
             adapted = PeftModel.from_pretrained(base.model, str(folder))
         model = _cast_weights(adapted.merge_and_unload(), target)
         fingerprint = _fingerprint(folder, base.fingerprint)
@@ -111,7 +111,7 @@ def load_model(
     fingerprint = _fingerprint(folder, f"{name}@{revision}")
     if rope_scaling:
         fingerprint = hashlib.sha256(f"{fingerprint}:{json.dumps(rope_scaling, sort_keys=True)}".encode()).hexdigest()
-    run_file = folder / RUN_FILE if folder is not None else _hub_file(name, RUN_FILE)
+    run_file = folder / RUN_FILE if folder is not None else hub_file(name, RUN_FILE)
     if run_file is None or not run_file.is_file():
         return LoadedModel(model.eval(), tokenizer, name, note, fingerprint)
     run = read_run_file(run_file.parent)
@@ -131,9 +131,9 @@ def load_tokenizer(name: str | Path = "default", *, trust_remote_code: bool = Fa
     Raises:
         ModelError: see `load_model`.
     """
-    folder, _ = _locate(str(name))
+    folder, _ = locate_model(str(name))
     if folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(_read_adapter_run(str(name), folder)["base"], trust_remote_code=trust_remote_code)
+        return load_tokenizer(read_adapter_run(str(name), folder)["base"], trust_remote_code=trust_remote_code)
     return _load_plain_tokenizer(str(folder or name), trust_remote_code)
 
 
@@ -150,9 +150,9 @@ def load_config(
     """
     source = str(name)
     if not (Path(source) / "config.json").is_file():
-        folder, _ = _locate(source)
+        folder, _ = locate_model(source)
         if folder is not None and (folder / "adapter_config.json").is_file():
-            run = _read_adapter_run(source, folder)
+            run = read_adapter_run(source, folder)
             scaling = rope_scaling or run["rope_scaling"]
             return load_config(run["base"], rope_scaling=scaling, trust_remote_code=trust_remote_code)
         source = str(folder or source)
@@ -307,7 +307,7 @@ def push_to_hub(name: str | Path, repo_id: str, *, private: bool | None = None, 
     folder = Path(name)
     if not folder.is_dir():
         raise ModelError(f"{name}: no such folder. Give the folder of a finished run, or of an exported model.")
-    _locate(str(name))
+    locate_model(str(name))
     base = read_run_file(folder)["base"] if (folder / "adapter_config.json").is_file() else ""
     if Path(str(base)).is_absolute():
         logger.warning(
@@ -324,97 +324,14 @@ def push_to_hub(name: str | Path, repo_id: str, *, private: bool | None = None, 
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored, **options))
 
 
-def _locate(name: str) -> tuple[Path | None, str]:
-    """The folder of a model and its note; no folder for a hub id."""
-    if name == "default":
-        return default_model_folder(), DEFAULT_NOTE
-    path = Path(name)
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"{name}: no such file. Give the path of a .gguf file.")
-        return gguf_model_folder(path), f"dequantised from {path.name}"
-    if not path.is_dir():
-        adapter = _hub_adapter(name)
-        if adapter is None:
-            return None, ""
-        path = adapter
-    if (path / "adapter_config.json").is_file():
-        if not (path / "adapter_model.safetensors").is_file():
-            raise ModelError(
-                f"{name}: holds an adapter_config.json without adapter_model.safetensors. Give a finished run's folder."
-            )
-        return path, ""
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
-        raise ModelError(f"{name}: holds no model (config.json and *.safetensors). Give a model's or a finished run's folder.")
-    return path, ""
-
-
-def _hub_adapter(name: str) -> Path | None:
-    """The local copy of a hub repository that holds an adapter; None for a whole model and for what cannot be reached."""
-    if _hub_file(name, "adapter_config.json") is None:
-        return None
-    from huggingface_hub import snapshot_download
-
-    with _loading(name):
-        return Path(snapshot_download(name, allow_patterns=_ADAPTER_FILES, ignore_patterns=["*/*"]))
-
-
-def _hub_file(name: str, file: str) -> Path | None:
-    """A file of a hub repository, downloaded when it is not here; None where there is no such file or repository."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        with bars_on_terminals_only():
-            return Path(hf_hub_download(name, file))
-    except (OSError, ValueError):  # Of every kind; what cannot be reached is said when the model itself is loaded.
-        return None
-
-
-def _read_adapter_run(name: str, folder: Path) -> dict[str, Any]:
-    """What an adapter's folder says, its base looked for.
-
-    Raises:
-        ModelError: see `read_run_file`; or its base is a folder that is not here.
-    """
-    run = read_run_file(folder)
-    base = Path(str(run["base"]))
-    if base.is_absolute() and not base.exists():
-        raise ModelError(
-            f"{name}: its base model is the folder {base}, which is not on this machine. Put the model there, or write where it "
-            f'stands (a folder or a hub id) as "base" into {folder / RUN_FILE}; an exported model needs no base.'
-        )
-    return run
-
-
-def read_run_file(folder: Path) -> dict[str, Any]:
-    """What manyicl.json says, for a checkpoint that of its run; for adapters of other tools, their own base model.
-
-    Raises:
-        ModelError: the file is broken, or names no base model.
-    """
-    candidates = [folder / RUN_FILE]
-    if folder.parent.name == "checkpoints":
-        candidates.append(folder.parent.parent / RUN_FILE)
-    path = next((each for each in candidates if each.is_file()), folder / "adapter_config.json")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        base = content["base" if path.name == RUN_FILE else "base_model_name_or_path"]
-        facts = {"note": "", "format": "plain", "rope_scaling": None}
-        return {"base": base} | {name: content.get(name, default) for name, default in facts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path}: says no base model ({error!r}). Give the folder of a finished run or of a whole model."
-        ) from error
-
-
 def _load_plain(
     source: str, dtype: torch.dtype, rope_scaling: dict[str, Any] | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _loading(source):
+    with loading_errors(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     if rope_scaling:
         _scale_rope(source, config, rope_scaling)
-    with _loading(source):
+    with loading_errors(source):
         found: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -459,40 +376,13 @@ def _scale_rope(source: str, config: Any, scaling: dict[str, Any]) -> None:
 
 
 def _load_plain_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    with _loading(source):
+    with loading_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{source}: its tokenizer has no end token (eos_token), which ends every answer. Add one to the tokenizer."
         )
     return tokenizer
-
-
-@contextmanager
-def bars_on_terminals_only() -> Iterator[None]:
-    """Inside the block transformers draws progress bars only on a terminal, as its own switch is process-wide."""
-    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _loading(source: str) -> Iterator[None]:
-    """Turn what transformers raises for an unknown or broken model into a ModelError."""
-    try:
-        with bars_on_terminals_only():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
-            f"{source}: cannot be loaded as a causal language model: {first_line} "
-            "Give `default`, a folder, a hub id that can be reached, a .gguf file or a finished run's folder."
-        ) from error
 
 
 def _fingerprint(folder: Path | None, seed: str) -> str:

@@ -22,20 +22,19 @@ from manyicl.checkpoints import list_checkpoints
 from manyicl.config import EpisodesConfig, Recipe
 from manyicl.dtypes import Dtype
 from manyicl.encoding import Encoder
-from manyicl.engines.native import NativeEngine
-from manyicl.episodes import order_examples
-from manyicl.errors import RecipeError, TaskError, UserInputError
+from manyicl.engines.native import check_format, open_engine
+from manyicl.errors import RecipeError, UserInputError
 from manyicl.evaluation import Plan, evaluate_task
 from manyicl.files import write_json_atomic, write_text_atomic
 from manyicl.forgetting import corpus_loss, read_corpus
-from manyicl.methods import Answer, InContext
-from manyicl.modeling import Format, LoadedModel, add_lora, load_model, load_tokenizer, save_model
+from manyicl.methods import InContext
+from manyicl.modeling import LoadedModel, add_lora, load_model, load_tokenizer, save_model
 from manyicl.objective import check_can_be_cut
 from manyicl.packing import Row, RowDataset, build_row
 from manyicl.process_group import gather_from_processes, launch_name, place_among_processes
 from manyicl.records import EvaluationRecord, RecordWriter, SharedRecordWriter, Shots, read_records
-from manyicl.tasks.readers import load_suite, load_task, read_examples, read_queries, task_of_examples
-from manyicl.tasks.task import Example, Role, Task, TaskSuite
+from manyicl.tasks.readers import load_suite
+from manyicl.tasks.task import Role, Task, TaskSuite
 from manyicl.training import TrainingResult, Validation, WholeModel, prepare_for_training, to_tensors, train_model
 from manyicl.training_plan import check_training_memory
 from manyicl.versions import library_versions
@@ -318,7 +317,7 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
     """
     suite = load_suite(request.tasks)
     tasks = _chosen_tasks(suite, request)
-    _check_format(request.format)
+    check_format(request.format)
     rank, num_processes = place_among_processes()
     cells = [
         (name, task.name, seed) for name in dict.fromkeys(request.models) for task in tasks for seed in range(request.num_seeds)
@@ -328,7 +327,7 @@ def evaluate_models(request: EvaluationRequest, output: Path) -> list[Evaluation
     records: list[EvaluationRecord] = []
     for name in dict.fromkeys(name for name, _, _ in own):
         loaded = load_model(name)
-        method = InContext(_open_engine(loaded, request.format, request.context_tokens))
+        method = InContext(open_engine(loaded, request.format, request.context_tokens))
         writer = writer or _open_writer(request, tasks, output)  # Only now, so that a wrong model leaves no file behind.
         plan = Plan(
             shots=request.shots,
@@ -359,87 +358,6 @@ def _open_writer(request: EvaluationRequest, tasks: Sequence[Task], output: Path
     # With the launch, as a share that an earlier one finished is being gone through again by a process of this one.
     asked = f"{request} {[task.fingerprint() for task in tasks]} {launch_name()}"
     return SharedRecordWriter(output, place=place, request=asked)
-
-
-def predict(
-    model: str | Path | LoadedModel,
-    demonstrations: Task | Sequence[Example],
-    queries: Sequence[str | Example],
-    *,
-    seed: int = 0,
-    context_tokens: int | None = None,
-    format: str | None = None,
-) -> tuple[list[Answer], int]:
-    """Answers to queries from labelled examples, and how many of the examples fitted the context.
-
-    Args:
-        demonstrations: A task, whose train examples, labels and instruction are used; or examples, whose recurring answers are
-            taken as a label set and whose own options are not looked at. Without labels or options text is generated.
-        queries: Inputs; as examples where each has options of its own.
-        context_tokens: Tokens that demonstrations, query and answer may have together; None takes the model's positions.
-        format: plain or chat; None takes the format that the model was tuned in.
-
-    Raises:
-        UserInputError: the examples, a query or the model are wrong.
-    """
-    _check_format(format)
-    if isinstance(demonstrations, Task):
-        task = demonstrations
-    else:
-        task = task_of_examples([replace(example, options=()) for example in demonstrations], name="task")
-    if not queries:
-        return [], 0
-    asked = tuple(Example(query, "") if isinstance(query, str) else query for query in queries)
-    for number, query in enumerate(asked):
-        if task.is_choice and not task.choices(query):
-            raise TaskError(
-                f"query {number} ({query.source or query.input[:40]!r}) has no options, as the examples of task {task.name!r} "
-                "have. Give it its choices."
-            )
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    method = InContext(_open_engine(loaded, format, context_tokens))
-    order = order_examples(task.train, seed=seed, purpose="demonstrations", index=0)
-    opened = method.open(task, order, asked)
-    return opened.answer(asked, opened.num_demonstrations), opened.num_demonstrations
-
-
-def predict_file(
-    model: str,
-    demonstrations: Path,
-    queries: Path,
-    output: Path,
-    *,
-    seed: int = 0,
-    context_tokens: int | None = None,
-    format: str | None = None,
-) -> tuple[int, int, int]:
-    """Answer the queries of a file from labelled examples; writes one JSON line per query.
-
-    Args:
-        demonstrations: A task's folder, whose task.yaml says what the fields of both mean; or a file of examples.
-
-    Returns:
-        Demonstrations used, demonstrations given, answers written.
-
-    Raises:
-        UserInputError: a file or the model is wrong; nothing is written.
-    """
-    examples: Task | tuple[Example, ...]
-    if demonstrations.is_dir():
-        examples = load_task(demonstrations)
-        asked, num_given = read_queries(queries, folder=demonstrations), len(examples.train)
-    else:
-        examples, asked = read_examples(demonstrations), read_queries(queries)
-        num_given = len(examples)
-    answers, num_used = predict(model, examples, asked, seed=seed, context_tokens=context_tokens, format=format)
-    lines = []
-    for query, answer in zip(asked, answers, strict=True):
-        row: dict[str, object] = {"input": query.input, "answer": answer.text}
-        if answer.choice >= 0:
-            row["log_probability"] = answer.log_probability
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text_atomic(output, "".join(lines))
-    return num_used, num_given, len(lines)
 
 
 def measure_corpora(
@@ -493,14 +411,3 @@ def _chosen_tasks(suite: TaskSuite, request: EvaluationRequest) -> tuple[Task, .
     if not tasks:
         raise UserInputError(f"suite {suite.name!r} has no {role} task. Name tasks, or choose the role all.")
     return tasks
-
-
-def _check_format(name: str | None) -> None:
-    if name not in (None, "plain", "chat"):
-        raise UserInputError(f"format {name!r} is neither plain nor chat.")
-
-
-def _open_engine(loaded: LoadedModel, format: str | None, context_tokens: int | None) -> NativeEngine:
-    """The engine of a model, in the format that it was tuned in unless another is given."""
-    chosen: Format = loaded.format if format is None else "chat" if format == "chat" else "plain"
-    return NativeEngine(loaded, Encoder(loaded.tokenizer, format=chosen), context_tokens=context_tokens)

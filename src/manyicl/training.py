@@ -30,7 +30,7 @@ from manyicl.checkpoints import NUM_KEPT, drop_old_checkpoints, newest_whole_che
 from manyicl.config import ObjectiveConfig
 from manyicl.errors import CheckpointError, ManyICLError, RecipeError
 from manyicl.files import storage_errors, write_json_atomic
-from manyicl.modeling import bars_on_terminals_only
+from manyicl.model_names import bars_on_terminals_only
 from manyicl.objective import (
     NUM_SHOT_BUCKETS,
     answer_losses,

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from manyicl.calibration import score_contextual
 from manyicl.encoding import Encoder
-from manyicl.errors import BudgetError
+from manyicl.errors import BudgetError, UserInputError
 from manyicl.label_search import BestLabel, find_best_labels
-from manyicl.modeling import LoadedModel
+from manyicl.modeling import Format, LoadedModel
 from manyicl.prefix import Prefix, prefill
 from manyicl.scoring import generate_answers, score_labels
 from manyicl.tasks.task import Example
@@ -110,3 +110,23 @@ class NativeEngine:
     def answer_tokens(self, answers: Sequence[str]) -> int:
         """Tokens of the longest of the answers, its terminator included."""
         return max(len(self.encoder.encode_answer(answer)) for answer in answers)
+
+
+def check_format(name: str | None) -> None:
+    """Whether that is a format, or None.
+
+    Raises:
+        UserInputError: it is not.
+    """
+    if name not in (None, "plain", "chat"):
+        raise UserInputError(f"format {name!r} is neither plain nor chat.")
+
+
+def open_engine(loaded: LoadedModel, format: str | None, context_tokens: int | None) -> NativeEngine:
+    """The engine of a model, in the format that it was tuned in unless another is given.
+
+    Raises:
+        BudgetError: see `NativeEngine`.
+    """
+    chosen: Format = loaded.format if format is None else "chat" if format == "chat" else "plain"
+    return NativeEngine(loaded, Encoder(loaded.tokenizer, format=chosen), context_tokens=context_tokens)

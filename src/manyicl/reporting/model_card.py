@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from manyicl.config import Recipe, parse_recipe
+from manyicl.config import Recipe, missing_run_hint, parse_recipe
 from manyicl.errors import RecordsError, UserInputError
 from manyicl.files import write_text_atomic
 from manyicl.records import CurvePoint, EvaluationRecord, task_curves
@@ -123,7 +123,8 @@ def _read(path: Path, *keys: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except OSError as error:
-        raise UserInputError(f"{path}: cannot be read ({error.strerror}). Give the folder of a finished run.") from error
+        hint = missing_run_hint(path.parent, otherwise="Give the folder of a finished run.")
+        raise UserInputError(f"{path}: cannot be read ({error.strerror}). {hint}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise UserInputError(f"{path}: is damaged ({error}). Give the folder of a finished run.") from error
     if not isinstance(content, dict):

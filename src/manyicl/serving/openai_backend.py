@@ -29,7 +29,8 @@ import numpy as np
 from manyicl.encoding import Encoder
 from manyicl.errors import BudgetError, DeadlineError, ManyICLError, ModelError, OverloadedError, UserInputError
 from manyicl.label_trie import LabelTrie, TokenIds, build_trie
-from manyicl.modeling import RUN_FILE, Format, load_tokenizer, read_run_file
+from manyicl.model_names import RUN_FILE, read_run_file
+from manyicl.modeling import Format, load_tokenizer
 from manyicl.sampling import ShownText, read_token
 from manyicl.serving.backends import (
     BackendLimits,

@@ -6,6 +6,7 @@ records, but for those of dedicated models, are read beside this study's.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,23 @@ def passes_lines(results: StudyResults) -> list[str]:
             for values in zip(*((facts.updates, facts.tokens) for facts in models), strict=True)
         ]
         lines.append(f"| {method} | {len(models)} | {' | '.join(spans)} | {min(passes):.1f} to {max(passes):.1f} |")
-    return ["", *lines] if found else []
+    return ["", *lines, *rate_lines(found, limits.get("num_rates", 1))] if found else []
+
+
+def rate_lines(found: dict[str, list[ModelFacts]], num_rates: int) -> list[str]:
+    """Which rates were chosen; nothing where there was no choice."""
+    if num_rates == 1:
+        return []
+    lines = [
+        "",
+        f"Each was tuned at {num_rates} rates, and the loss on the fifth kept back chose; the figures above are of what it chose.",
+        "",
+    ]
+    for method, models in found.items():
+        chosen = Counter(facts.learning_rate for facts in models)
+        words = (f"{rate:g} for {count}" for rate, count in sorted(chosen.items()))
+        lines.append(f"- {method}: {', '.join(words)}")
+    return lines
 
 
 def bits(change: dict[str, float] | None) -> str:

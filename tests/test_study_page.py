@@ -97,6 +97,11 @@ def test_dedicated_models_say_how_often_they_saw_their_examples(page: Any, resul
     shown = f"{full.updates:,} to {full.updates:,} | {full.tokens:,} to {full.tokens:,} | 1.0 to 2.5"
     assert lines[-1] == f"| dedicated_full | 2 | {shown} |"
     assert page.passes_lines(results.model_copy(update={"models": [], "recipe": recipe})) == []
+    recipe["dedicated"]["num_rates"] = 2
+    models = [full.model_copy(update={"num_examples": 40, "learning_rate": rate}) for rate in (2e-3, 6e-4, 2e-3)]
+    lines = page.passes_lines(results.model_copy(update={"models": models, "recipe": recipe}))
+    assert any(line.startswith("Each was tuned at 2 rates, ") for line in lines)
+    assert lines[-1] == "- dedicated_full: 0.0006 for 1, 0.002 for 2"
 
 
 def test_seeds_stand_side_by_side(page: Any, results: StudyResults) -> None:

@@ -361,7 +361,9 @@ def test_the_command_shows_the_plan_and_then_does_it(make, tmp_path, run_cli):
         "study", path, "--plan", "--output", tmp_path / "third", "--restore", Path(recipe.output) / "results"
     )
     assert (code, "0 cells left, 4 done" in output) == (0, True)
-    assert (tmp_path / "other" / "results" / "claims.json").is_file()
+    assert (tmp_path / "third" / "results" / "claims.json").is_file()
+    assert f"results so far: {tmp_path / 'third' / 'results'}" in output
+    assert not (tmp_path / "other" / "results").exists()  # Of a study in which nothing is done.
 
 
 @pytest.mark.slow

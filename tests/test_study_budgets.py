@@ -57,16 +57,19 @@ def test_a_forecast_adds_up_its_cells_and_grows_with_what_is_asked(make):
     assert forecaster._evaluation("speed", [0, 2, "max"], 4) == pytest.approx(2 * before[1])
 
 
-def test_dedicated_tuning_is_forecast_at_its_caps(make):
+def test_dedicated_tuning_is_forecast_at_its_caps_or_at_eight_passes(make):
     recipe = make()
     suite = load_suite(recipe.tasks)
     forecaster = Forecaster(recipe, suite)
     cells = {cell.name: cell for cell in list_cells(recipe, suite)}
     length = forecaster._length(suite.tasks["speed"])
-    assert forecaster._dedicated_tokens(cells["dedicated/speed/full"]) == pytest.approx(24 * length * 2)
-    assert forecaster._dedicated_tokens(cells["dedicated/speed/4-0"]) == pytest.approx(4 * length * 2)
-    assert forecaster._dedicated_tokens(cells["dedicated/speed/prefix-1"]) == 256 * 2
+    assert forecaster._dedicated_tokens(cells["dedicated/speed/full"]) == pytest.approx(0.8 * 24 * length * 2)
+    assert forecaster._dedicated_tokens(cells["dedicated/speed/4-0"]) == pytest.approx(0.8 * 4 * length * 2)
+    assert forecaster._dedicated_tokens(cells["dedicated/speed/prefix-1"]) == pytest.approx(0.8 * 256 * 2)
     assert forecaster._dedicated_tokens(cells["dedicated-rate/mood/0.001"]) == 60
+    limits = recipe.dedicated.model_copy(update={"max_epochs": 40, "max_tokens": 10**9, "num_rates": 2})
+    forecaster.recipe = recipe.model_copy(update={"dedicated": limits})
+    assert forecaster._dedicated_tokens(cells["dedicated/speed/4-0"]) == pytest.approx(2 * 0.8 * 4 * length * 8)
 
 
 def test_the_fifth_kept_back_chooses_the_rate_of_each_dedicated_model(make, monkeypatch):

@@ -201,7 +201,8 @@ def study(
     folder, plan = open_study(recipe, output, chosen, restore=restore)
     typer.echo(plan)
     if dry_run:
-        typer.echo(f"results so far: {gather_results(folder)}")
+        if folder.progress().done:
+            typer.echo(f"results so far: {gather_results(folder)}")
         return
     progress = run_opened(folder, chosen, minutes)
     typer.echo(

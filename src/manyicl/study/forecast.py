@@ -2,7 +2,8 @@
 
 Training is forecast as `manyicl plan` does. An evaluation costs the operations of its prefills and queries (see `planning`) over
 the machine's matrix rate, of which `_SHARE` is reached; generation and loading are reckoned at fixed costs. Cells that train on
-the examples of one task are taken at their most tokens. A rough figure: within a factor of two is what to expect.
+the examples of one task are taken at eight passes, where most of those of docs/results/study were stopped. A rough figure: within
+a factor of two is what to expect.
 """
 
 import statistics
@@ -24,6 +25,7 @@ _SHARE = 0.7  # Of the matrix rate, by prefills and queries (docs/results/scorin
 _SECONDS_A_CELL = 4.0  # Loading.
 _PASSES_A_QUERY = 0.15  # Of generation: a pass for each token, shared by a batch of queries.
 _MEASURED_EXAMPLES = 50
+_USUAL_PASSES = 8
 _BYTES_A_TOKEN = 4
 _CHAT_SECONDS = 30.0  # The built-in suite's questions.
 _SECONDS_A_DOCUMENT = 0.5  # Of lm-evaluation-harness.
@@ -98,7 +100,7 @@ class Forecaster:
         return tokens / self._plans[method].tokens_per_second
 
     def _dedicated_tokens(self, cell: Cell) -> float:
-        """The most that dedicated tuning feeds."""
+        """What dedicated tuning feeds until the fifth kept back stops it, at all of its rates."""
         wanted, task = cell.options["examples"], self.suite.tasks[cell.task]
         if wanted == "prefix":
             held = float(self.context)
@@ -106,7 +108,8 @@ class Forecaster:
             held = self._length(task) * (len(task.train) if wanted == "full" else int(wanted))
         limits = self.recipe.dedicated.for_kind(cell.kind)
         num_rates = 1 if cell.kind == "dedicated-rate" else limits.num_rates
-        return num_rates * min(limits.max_tokens, held * limits.max_epochs)
+        trained = 0.8 * held  # A fifth is kept back.
+        return num_rates * min(limits.max_tokens, trained * min(limits.max_epochs, _USUAL_PASSES))
 
     def _length(self, task: Task) -> float:
         """Mean tokens of an example."""
@@ -161,6 +164,7 @@ def show_forecast(forecast: Forecast, *, done: int, device: torch.device) -> str
     lines += [f"{kind:16} {count:5} {forecast.seconds[kind] / 60:8.0f}" for kind, count in forecast.num_cells.items()]
     lines.append(
         f"{sum(forecast.num_cells.values())} cells left, {done} done; about {forecast.hours:.1f} hours on one {device.type}, "
-        f"at most {show_bytes(forecast.peak_memory_bytes)} beside the program (forecast, rough)"
+        f"at most {show_bytes(forecast.peak_memory_bytes)} beside the program (forecast, rough; "
+        "at the rate of matrix products measured now, which other work on the machine lowers)"
     )
     return "\n".join(lines)

@@ -23,11 +23,11 @@ from manyicl.results.readings import FEW_SHOT, OURS
 
 TITLES = {
     "study": "The study: every method with the same budget",
-    "study-first": "The study's first reading: 60 queries a task",
+    "study-first": "The study as first run: 60 queries a task",
     "study-dedicated-short": "Dedicated tuning as it was first run, stopped early",
 }
 BESIDE = {
-    "study": "The first reading, 60 queries a task with weights from another processor, is kept: [study-first](study-first.md).\n"
+    "study": "The first run, 60 queries a task with weights from another processor, is kept: [study-first](study-first.md).\n"
     "So is dedicated tuning as it was first run, stopped early: [study-dedicated-short](study-dedicated-short.md).",
     "study-first": "The recipe asks for 100 queries since 27 November 2026; what it gives then is [the study](study.md).",
     "study-dedicated-short": "Dedicated tuning alone; what it is compared with are the records of [the study](study.md), which tunes longer.",

@@ -86,7 +86,7 @@ OPTIONS = {"input": "{text}", "answer": "label", "options": "options"}
         ({}, ["meta_training=[u]"], "meta_training names 'u', which suite 'suite' does not have (t)."),
         ({}, ["training.learnin_rate=1"], "unknown key 'training.learnin_rate'; the nearest valid one is 'learning_rate'"),
         ({}, ["episodes.max_tokens=lots"], "episodes.max_tokens = 'lots': Input should be a valid integer"),
-        ({}, ["model=nowhere/at/all"], "nowhere/at/all: cannot be loaded as a causal language model: "),
+        ({}, ["model=nowhere/at/all"], "nowhere/at/all: there is no such folder in "),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "train"])

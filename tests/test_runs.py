@@ -247,7 +247,7 @@ def test_checkpoints_without_a_recipe_are_not_touched(make, tmp_path):
         ({"training": {"trainer": {"optin": "sgd"}}}, RecipeError, "TrainingArguments has no 'optin'; the nearest is 'optim'"),
         ({"training": {"report_to": ["paper"]}}, RecipeError, "paper is not supported"),
         ({"training": {"rows_per_step": 3, "rows_per_device": 2}}, RecipeError, "rows_per_step = 3 is no multiple of 2"),
-        ({"model": "no/such/model"}, ModelError, "no/such/model: cannot be loaded"),
+        ({"model": "no/such/model"}, ModelError, "no/such/model: there is no such folder"),
         ({"tasks": "no/such/suite"}, TaskError, "no/such/suite: no such folder"),
     ],
 )

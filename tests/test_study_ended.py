@@ -1,11 +1,13 @@
 """A study that is ended, killed, out of disk, or worked on by two at once: what was done stays, and nothing is done twice."""
 
 import errno
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from manyicl.errors import StorageError
 from manyicl.files import storage_errors
 from manyicl.results.files import read_results
 from manyicl.study import runner as study_runner
-from manyicl.study.jobs import Study
+from manyicl.study.jobs import Outcome, Study
 from manyicl.study.runner import run_study, work
 from model_fixtures import count_calls
 from study_fixtures import FAST, SMALL, open_folder, start_training, statuses, study_maker, untimed
@@ -110,3 +112,23 @@ def test_two_studies_in_one_folder_end_as_one(make, tmp_path):
     assert sorted(done) == sorted(cell.name for cell in open_folder(recipe).cells)
     work(alone)
     assert untimed(open_folder(recipe).gather()) == untimed(open_folder(alone).gather())
+
+
+def test_what_a_cell_leaves_in_memory_is_gone_before_the_next(make, monkeypatch):
+    """Models are left in reference cycles, which wait for a collection of all generations."""
+    left: list[weakref.ref[type]] = []
+    alive = []
+
+    def run(study: Study, cell: object) -> Outcome:
+        alive.append(sum(each() is not None for each in left))
+        left.append(weakref.ref(type("Model", (), {})))  # A class refers to itself.
+        return Outcome()
+
+    monkeypatch.setattr(Study, "run", run)
+    gc.disable()
+    try:
+        work(make(**FAST), only=["classic"])
+    finally:
+        gc.enable()
+    assert alive == [0] * len(alive)
+    assert len(alive) > 1

@@ -225,8 +225,8 @@ def test_the_config_of_an_adapter_is_its_bases(tmp_path: Path, config_folder: Pa
 
 
 def test_a_model_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no/such/model: its config cannot be read: .*a published shape \(--shape\)"):
-        plan_recipe(parse_recipe({"model": "no/such/model"}), PlanRequest(device="H100"))
+    with pytest.raises(ModelError, match=r"nobody/no-such-model: its config cannot be read: .*a published shape \(--shape\)"):
+        plan_recipe(parse_recipe({"model": "nobody/no-such-model"}), PlanRequest(device="H100"))
     with pytest.raises(ModelError, match="holds no model"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("{")

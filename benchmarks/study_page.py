@@ -170,22 +170,30 @@ def passes_lines(results: StudyResults) -> list[str]:
             for values in zip(*((facts.updates, facts.tokens) for facts in models), strict=True)
         ]
         lines.append(f"| {method} | {len(models)} | {' | '.join(spans)} | {min(passes):.1f} to {max(passes):.1f} |")
-    return ["", *lines, *rate_lines(found, limits.get("num_rates", 1))] if found else []
+    return ["", *lines] if found else []
 
 
-def rate_lines(found: dict[str, list[ModelFacts]], num_rates: int) -> list[str]:
-    """Which rates were chosen; nothing where there was no choice."""
-    if num_rates == 1:
+def rate_lines(results: StudyResults) -> list[str]:
+    """Which rates dedicated models were tuned at, and which were chosen; nothing where each was tuned at one."""
+    tried = {cell.cell: list(cell.facts.get("kept_back_losses", {})) for cell in results.cells}
+    found: dict[str, dict[str, Counter[float]]] = {}
+    for facts in results.models:
+        if facts.model.startswith("dedicated/"):
+            rates = " and ".join(tried.get(facts.model, [])) or "one rate"
+            found.setdefault(facts.method, {}).setdefault(rates, Counter())[facts.learning_rate] += 1
+    if not any(" and " in rates for by_rates in found.values() for rates in by_rates):
         return []
     lines = [
         "",
-        f"Each was tuned at {num_rates} rates, and the loss on the fifth kept back chose; the figures above are of what it chose.",
+        "Where a model was tuned at several rates, the loss on the fifth kept back chose, and the figures above are of its choice.",
         "",
     ]
-    for method, models in found.items():
-        chosen = Counter(facts.learning_rate for facts in models)
-        words = (f"{rate:g} for {count}" for rate, count in sorted(chosen.items()))
-        lines.append(f"- {method}: {', '.join(words)}")
+    for method, by_rates in found.items():
+        words = [
+            f"at {rates}: {', '.join(f'{rate:g} for {count}' for rate, count in sorted(chosen.items()))}"
+            for rates, chosen in by_rates.items()
+        ]
+        lines.append(f"- {method}, tuned {'; '.join(words)}")
     return lines
 
 
@@ -393,7 +401,7 @@ def sections(results: StudyResults) -> list[tuple[str, list[str]]]:
         ("The second reading: calibrated where validation tasks want it", second_reading_lines(found), recipe.get("calibrated")),
         (
             "Against dedicated tuning",
-            [*dedicated_lines(claims.get("approaches_dedicated")), *passes_lines(results)],
+            [*dedicated_lines(claims.get("approaches_dedicated")), *passes_lines(results), *rate_lines(results)],
             "dedicated" in methods,
         ),
         ("Where dedicated tuning overtakes", overtaking_lines(found["overtaking"]), recipe["dedicated"]["overtaking_tasks"]),

@@ -97,11 +97,21 @@ def test_dedicated_models_say_how_often_they_saw_their_examples(page: Any, resul
     shown = f"{full.updates:,} to {full.updates:,} | {full.tokens:,} to {full.tokens:,} | 1.0 to 2.5"
     assert lines[-1] == f"| dedicated_full | 2 | {shown} |"
     assert page.passes_lines(results.model_copy(update={"models": [], "recipe": recipe})) == []
-    recipe["dedicated"]["num_rates"] = 2
-    models = [full.model_copy(update={"num_examples": 40, "learning_rate": rate}) for rate in (2e-3, 6e-4, 2e-3)]
-    lines = page.passes_lines(results.model_copy(update={"models": models, "recipe": recipe}))
-    assert any(line.startswith("Each was tuned at 2 rates, ") for line in lines)
-    assert lines[-1] == "- dedicated_full: 0.0006 for 1, 0.002 for 2"
+
+
+def test_which_rates_dedicated_models_were_tuned_at_and_chose(page: Any, results: StudyResults) -> None:
+    (full,) = (facts for facts in results.models if facts.method == "dedicated_full")
+    (cell,) = (cell for cell in results.cells if cell.cell == "dedicated/rte/full")
+    found = {"a": (2e-3, {"0.0006": 1.0, "0.002": 0.5}), "b": (6e-4, {"0.0006": 0.5, "0.002": 1.0}), "c": (2e-3, {})}
+    models = [full.model_copy(update={"model": f"dedicated/{name}", "learning_rate": rate}) for name, (rate, _) in found.items()]
+    cells = [
+        cell.model_copy(update={"cell": f"dedicated/{name}", "facts": {"kept_back_losses": losses}})
+        for name, (_, losses) in found.items()
+    ]
+    lines = page.rate_lines(results.model_copy(update={"models": models, "cells": cells}))
+    shown = "at 0.0006 and 0.002: 0.0006 for 1, 0.002 for 1; at one rate: 0.002 for 1"
+    assert lines[-1] == f"- dedicated_full, tuned {shown}"
+    assert page.rate_lines(results.model_copy(update={"models": models[2:], "cells": cells[2:]})) == []
 
 
 def test_seeds_stand_side_by_side(page: Any, results: StudyResults) -> None:

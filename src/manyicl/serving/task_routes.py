@@ -13,21 +13,7 @@ from manyicl.serving.backends import Prepared, Scored, TaskSpec
 from manyicl.serving.database import TaskRow
 from manyicl.serving.errors import ApiError
 from manyicl.serving.measuring import MIN_CALIBRATION, Measured, Scores, Split, measure, temper
-from manyicl.serving.schemas import (
-    Classification,
-    Classified,
-    ClassifyRequest,
-    CurvePoint,
-    CurveQuery,
-    LeftOut,
-    NewExamples,
-    PromptDetails,
-    Quality,
-    QualityRequest,
-    ShotCurve,
-    TaskFacts,
-    Usage,
-)
+from manyicl.serving.schemas import PromptDetails, Usage
 from manyicl.serving.service import (
     Deadline,
     OwnedNow,
@@ -39,6 +25,19 @@ from manyicl.serving.service import (
     in_thread,
     until,
     while_connected,
+)
+from manyicl.serving.task_schemas import (
+    Classification,
+    Classified,
+    ClassifyRequest,
+    CurvePoint,
+    CurveQuery,
+    LeftOut,
+    NewExamples,
+    Quality,
+    QualityRequest,
+    ShotCurve,
+    TaskFacts,
 )
 from manyicl.serving.threads import run_whole
 from manyicl.serving.training_files import check_labels, check_text

@@ -44,6 +44,11 @@ def upgrade() -> None:
     )
     op.create_index("ix_jobs_status", "jobs", ["status"], unique=False)
     op.create_index("ix_jobs_tenant", "jobs", ["tenant"], unique=False)
+    _create_tasks()
+    _create_events()
+
+
+def _create_tasks() -> None:
     op.create_table(
         "tasks",
         sa.Column("number", sa.Integer(), autoincrement=True, nullable=False),
@@ -75,6 +80,9 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["task"], ["tasks.number"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("task", "position"),
     )
+
+
+def _create_events() -> None:
     op.create_table(
         "job_events",
         sa.Column("number", sa.Integer(), autoincrement=True, nullable=False),

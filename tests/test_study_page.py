@@ -10,7 +10,7 @@ from manyicl.results.contrasts import Term, estimate
 from manyicl.results.files import StudyResults
 from manyicl.study.recipe import DedicatedConfig, ForgettingConfig, StudyRecipe
 from report_fixtures import study_results
-from test_results import load_benchmark
+from result_fixtures import load_benchmark
 
 
 @pytest.fixture(scope="module")

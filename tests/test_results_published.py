@@ -89,32 +89,67 @@ def test_the_scores_of_dedicated_rates_are_those_of_their_cells() -> None:
         if cell.kind == "dedicated-rate":
             scores.setdefault(cell.cell.rpartition("/")[2], []).append(100 * cell.facts["score"])
     means = {rate: f"{fmean(own):.1f}" for rate, own in scores.items()}
-    (note,) = (note for note in results.recipe["notes"] if note.startswith("The rate of dedicated tuning is 2e-3."))
+    (note,) = (note for note in results.recipe["notes"] if note.startswith("Dedicated models are tuned at the two rates"))
     assert f"2e-4, 6e-4 and 2e-3 had {means['0.0002']}, {means['0.0006']} and {means['0.002']} on" in note
     assert f"on a processor with AMX, {means['0.006']}." in note
-    assert max(means, key=lambda rate: float(means[rate])) == "0.002"
+    assert sorted(means, key=lambda rate: -float(means[rate]))[:2] == ["0.002", "0.0006"]
 
 
-def test_what_longer_tuning_did_to_dedicated_models_is_told() -> None:
-    """Means over orders of those tuned on our demonstrations, as first run and tuned longer, on tasks that gain and that lose."""
+def test_what_better_tuning_did_to_dedicated_models_is_told() -> None:
+    """Means over orders of those tuned on our demonstrations, as first run and as they are."""
     means: dict[str, dict[str, list[float]]] = {}
-    labels: dict[tuple[str, str], list[int]] = {}
     for name in ("study-dedicated-short", "study"):
         for record in read_records(RESULTS / name / "records.jsonl.gz"):
             if record.method == "dedicated_prefix":
                 means.setdefault(record.task, {}).setdefault(name, []).append(100 * record.value)
-                labels.setdefault((name, record.task), []).append(len({*record.queries.predicted}))
-    shown = {task: " to ".join(f"{fmean(values):.1f}" for values in own.values()) for task, own in means.items()}
-    why = " ".join((RESULTS / "why.md").read_text(encoding="utf-8").split())
-    gained = [f"{task} ({shown[task]})" for task in ("trec_question_type", "tweet_emotion", "snips_intent")]
-    lost = [f"{task} ({shown[task]})" for task in ("scitldr_abstract", "sick", "sms_spam")]
-    assert f"gain on {gained[0]}, {gained[1]} and {gained[2]} and lose on {lost[0]}, {lost[1]} and {lost[2]}." in why
-    assert sorted(labels["study", "sms_spam"]) == [1, 1, 2]
+    spans = {task: [f"{fmean(values):.1f}" for values in own.values()] for task, own in means.items()}
+    why = flat_page("docs/results/why.md")
+    gained = [f"on {task} from {' to '.join(spans[task])}" for task in ("sms_spam", "sick", "trec_question_type")]
+    assert f"go {', '.join(gained)}, on scitldr_abstract from {' down to '.join(spans['scitldr_abstract'])}." in why
     for name in ("study-dedicated-short", "study"):
         claim = load_claims(name)["claims"]["approaches_dedicated"]
-        prefix, full = (claim[method]["difference_at_max"] for method in ("dedicated_prefix", "dedicated_full"))
-        told = [f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in (prefix, full)]
+        told = [shown(claim[method]["difference_at_max"]) for method in ("dedicated_prefix", "dedicated_full")]
         assert [words for words in told if words not in why] == []
+    found = load_claims("study")["second_reading"]["approaches_dedicated"]
+    prefix, full = found["dedicated_prefix"], found["dedicated_full"]
+    assert (
+        f"same demonstrations is {shown(prefix['difference'])}, {100 * prefix['share_of_gain']['value']:.0f}% of its gain over "
+        f"the untuned model at 0 shots, and on the whole train split {shown(full['difference'])}, "
+        f"{100 * full['share_of_gain']['value']:.0f}% of it."
+    ) in why
+
+
+def test_which_dedicated_models_were_tuned_at_two_rates_is_told() -> None:
+    results = read_results(RESULTS / "study")
+    tried = {cell.cell: len(cell.facts.get("kept_back_losses", {})) for cell in results.cells if cell.kind == "dedicated"}
+    assert {name.rpartition("/")[2].partition("-")[0] for name, count in tried.items() if count == 0} == {"full", "256"}
+    assert {count for name, count in tried.items() if not name.endswith("/full") and "/256-" not in name} == {2}
+    (note,) = (note for note in results.recipe["notes"] if note.startswith("Two rates were decided on after"))
+    assert "Models on the whole train split and on 256 examples were not tuned again, and are those of 2e-3." in note
+
+
+def test_the_readme_shows_how_near_dedicated_models_are() -> None:
+    found = load_claims("study")
+    readme = flat_page("README.md")
+    first, second = (reading["approaches_dedicated"] for reading in (found["claims"], found["second_reading"]))
+    for name, words in (
+        ("dedicated_prefix", "one dedicated model a task, tuned on the same demonstrations as ours at max"),
+        ("dedicated_full", "one dedicated model a task, tuned on the whole train split"),
+    ):
+        values = [reading[name][f"difference{place}"] for reading in (first, second) for place in ("", "_at_max")]
+        assert f"| {words} | {' | '.join(map(shown, values))} |" in readme
+        assert all(one["high"] < 0 for one in values)
+    shares = [first["dedicated_prefix"]["share_of_gain_at_max"], second["dedicated_prefix"]["share_of_gain"]]
+    percent = [[f"{100 * share[end]:.0f}%" for end in ("value", "low", "high")] for share in shares]
+    short = load_claims("study-dedicated-short")["claims"]["approaches_dedicated"]["dedicated_prefix"]["difference_at_max"]
+    behind = [-first[name]["difference_at_max"]["value"] for name in ("dedicated_prefix", "dedicated_full")]
+    expected = [
+        f"At max ours has {percent[0][0]} of their gain over the untuned model at 0 shots ({percent[0][1]} to {percent[0][2]}), "
+        f"{percent[1][0]} with our scores calibrated and theirs not ({percent[1][1]} to {percent[1][2]}).",
+        f"stopped at 60,000 tokens or five passes, {shown(short, sign=-1)}.",
+        f"by {behind[0]:.1f} if tuned on the same demonstrations, by {behind[1]:.1f} on the whole train split.",
+    ]
+    assert [words for words in expected if words not in readme] == []
 
 
 def test_the_readme_shows_the_training_seeds_of_the_study() -> None:
@@ -208,7 +243,7 @@ def test_the_readme_shows_where_dedicated_tuning_overtakes() -> None:
         )
         assert f"| {words} | {ours} | {dedicated} |" in readme
     ahead = {count: sum(one["ours"]["value"] > one["dedicated"]["value"] for one in own) for count, own in by_count.items()}
-    assert ahead == {16: 3, 64: 2, 256: 1, "all": 0}
+    assert ahead == {16: 3, 64: 1, 256: 1, "all": 0}
     sizes = [point for point in points if point["examples"] != "all"]
     assert all(one["ours"]["low"] < one["dedicated"]["high"] and one["dedicated"]["low"] < one["ours"]["high"] for one in sizes)
 
